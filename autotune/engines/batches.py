@@ -1,0 +1,48 @@
+"""The synthetic global batch: the same sequences for every split over ranks and micro-batches.
+
+Sequence i of optimizer step s depends on (seed, s, i) alone. Two configs of one study so train on equal data, and a
+layout can be held against a single process: losses and gradient norms must agree (`tests/engines/test_parity.py`).
+"""
+
+import numpy as np
+import torch
+
+from autotune.spec.config import TrialConfig
+from autotune.spec.workload import Workload
+
+
+def sequence(
+    seed: int, step: int, index: int, length: int, vocab_size: int
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Token ids (length,) of sequence `index` of optimizer step `step`, uniform over the vocabulary.
+
+    Made on the host with numpy, whose stream for a seed is fixed (NEP 19's `Generator` with a named bit generator), so
+    CPU and CUDA trials see the same tokens.
+    """
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step, index))))
+    return generator.integers(0, vocab_size, size=length, dtype=np.int64)
+
+
+def micro_batch(
+    config: TrialConfig, workload: Workload, vocab_size: int, *, step: int, micro_step: int, rank: int
+) -> torch.Tensor:
+    """Token ids (micro_batch_size, sequence_length) int64, on the host, of one rank's forward pass.
+
+    The micro-steps of an optimizer step walk through the global batch; within one, the data-parallel ranks stand side
+    by side: rank r of R takes sequences (micro_step x R + r) x micro_batch_size onwards.
+
+    Raises:
+        ValueError: `micro_step` lies outside the optimizer step.
+    """
+    steps = workload.gradient_accumulation_steps(config)
+    if not 0 <= micro_step < steps:
+        raise ValueError(f"micro_step {micro_step} is outside an optimizer step of {steps} micro-steps")
+    first = (micro_step * config.data_parallel_size + rank) * config.micro_batch_size
+    return torch.from_numpy(
+        np.stack(
+            [
+                sequence(workload.seed, step, first + i, config.sequence_length, vocab_size)
+                for i in range(config.micro_batch_size)
+            ]
+        )
+    )

@@ -1,0 +1,112 @@
+"""`DeepSpeedEngine`: ZeRO 0-3 with offload, driven as accelerate drives it under the Hugging Face Trainer."""
+
+import os
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from autotune.formats.deepspeed_json import set_dotted, to_deepspeed
+from autotune.modeling.build import (
+    COMPUTE_DTYPES,
+    apply_activation_checkpointing,
+    build_model,
+    construct_model,
+    initial_weight,
+    initializer_range,
+    materialize,
+)
+from autotune.spec.request import TrialRequest
+
+
+class DeepSpeedEngine:
+    """One rank of a trial on DeepSpeed."""
+
+    def __init__(self, request: TrialRequest, device: torch.device) -> None:
+        config, workload = request.config, request.workload
+        document = to_deepspeed(config, workload)
+        if device.type == "cpu":
+            _adapt_to_cpu(document)
+        # DeepSpeed takes its device from here, whatever the tensors say.
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # adopts the process group that exists
+
+        if config.zero_stage == 3:
+            model = _build_partitioned(request, document, device)
+        else:
+            model = build_model(request.model, config.attention)
+            # HF and DeepSpeed hold the weights in the compute dtype; fp32 masters are the optimizer's.
+            materialize(model, device, COMPUTE_DTYPES[config.precision], workload.seed)
+        apply_activation_checkpointing(model, config)
+        self._engine: Any = deepspeed.initialize(
+            model=model,
+            # All in one group, as under the Trainer when the JSON names the optimizer.
+            model_parameters=list(model.parameters()),
+            config=document,
+            dist_init_required=False,
+        )[0]
+        # Plain fp32 is the one path on which DeepSpeed forgets the norm by which it clips.
+        self._norm_is_ours = config.zero_stage == 0 and config.precision == "fp32"
+        self._norm: float | torch.Tensor = float("nan")
+
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
+        """See `Engine.forward`."""
+        self._engine.set_gradient_accumulation_boundary(boundary)
+        loss: torch.Tensor = self._engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        return loss
+
+    def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
+        """See `Engine.backward`. DeepSpeed divides by the accumulation steps itself."""
+        self._engine.set_gradient_accumulation_boundary(boundary)
+        self._engine.backward(loss)
+
+    def update(self) -> None:
+        """See `Engine.update`. DeepSpeed clips and clears the gradients itself."""
+        if self._norm_is_ours:
+            gradients = [parameter.grad for parameter in self._engine.module.parameters()]
+            self._norm = torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None])
+        self._engine.step()
+        if not self._norm_is_ours:
+            self._norm = self._engine.get_global_grad_norm()
+
+    def gradient_norm(self) -> float:
+        """See `Engine.gradient_norm`."""
+        return float(self._norm)
+
+
+def _build_partitioned(request: TrialRequest, document: dict[str, Any], device: torch.device) -> PreTrainedModel:
+    """Build under `deepspeed.zero.Init`: each module's parameters are partitioned as soon as it is constructed.
+
+    transformers enters that context by itself while an `HfDeepSpeedConfig` of stage 3 is alive, with what it knows to
+    be needed around it (no weight initialisation, rotary buffers kept fp32). Weights are then written one parameter at
+    a time, gathered, so they equal those of an unpartitioned model.
+    """
+    alive = HfDeepSpeedConfig(document)
+    model = construct_model(request.model, request.config.attention)
+    del alive
+    std = initializer_range(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                if torch.distributed.get_rank() == 0:
+                    full = initial_weight(name, parameter.ds_shape, device, std, request.workload.seed)
+                    parameter.copy_(full)
+    return model
+
+
+def _adapt_to_cpu(document: dict[str, Any]) -> None:
+    """Let DeepSpeed run where it would compile C++ first, in place; nothing of this is exported.
+
+    Its fused Adams and its shared-memory collectives are compiled on first use, for more than a minute each; torch's
+    AdamW and gloo do the same work. Nor is there a device that pinned memory could be copied to.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    set_dotted(document, "optimizer.params.torch_adam", True)
+    document["zero_force_ds_cpu_optimizer"] = False
+    document["zero_allow_untested_optimizer"] = True
+    for section in ("offload_optimizer", "offload_param"):
+        if section in document["zero_optimization"]:
+            document["zero_optimization"][section]["pin_memory"] = False

@@ -1,0 +1,117 @@
+"""`PyTorchEngine`: DDP and FSDP2, doing what the Hugging Face Trainer does for the same settings.
+
+The exported winner runs under transformers' Trainer, so the trial must use its memory and its communication. What it
+and accelerate do (read in transformers 5.23 and accelerate 1.15), and what follows here:
+
+- bf16 and fp16 are autocast around the model's forward, its outputs then cast to fp32 (`Accelerator.prepare_model`),
+  under FSDP2 in addition to the mixed-precision policy (`autotune.modeling.build.shard_with_fsdp2`).
+- Micro-steps that only accumulate do not synchronise (`Accelerator.no_sync`): DDP's `no_sync`, FSDP2's
+  `set_requires_gradient_sync(False)`. Under FSDP2 a rank so holds the gradients of the *whole* model, in the compute
+  dtype, between the micro-steps. That is what the Trainer needs too, unless its `sync_each_batch` is set.
+- DDP searches for unused parameters unless activations are checkpointed (`Trainer.create_accelerator...`).
+- One process is no DDP.
+- AdamW is torch's fused one, with weight decay on matrices only. Clipping is `clip_grad_norm_`, whose norm is global:
+  DTensor gradients reduce over the mesh.
+- fp16 has a dynamic loss scale (`torch.amp.GradScaler`, which accelerate uses with FSDP2 as well). accelerate refuses
+  fp16 on CPU; torch can do it, so the code path is tested there.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from autotune.modeling.build import (
+    COMPUTE_DTYPES,
+    apply_activation_checkpointing,
+    build_model,
+    materialize,
+    shard_with_fsdp2,
+)
+from autotune.spec.request import TrialRequest
+
+
+class PyTorchEngine:
+    """One rank of a trial on DDP (stage 0) or FSDP2 (stage 2: kept gathered after forward; 3: resharded).
+
+    Raises:
+        ValueError: the config asks for what this engine does not have, stage 1 or offload.
+    """
+
+    def __init__(self, request: TrialRequest, device: torch.device) -> None:
+        config, workload = request.config, request.workload
+        if config.zero_stage not in (0, 2, 3) or config.offload != "none":
+            raise ValueError(f"engine pytorch has no zero_stage {config.zero_stage} with offload {config.offload}")
+        self._accumulation = workload.gradient_accumulation_steps(config)
+        # 0 means no clipping, to the Trainer and to DeepSpeed; to `clip_grad_norm_` it would mean no gradients.
+        self._max_norm = workload.max_gradient_norm or float("inf")
+        model = build_model(request.model, config.attention)
+        apply_activation_checkpointing(model, config)
+        if config.precision != "fp32":
+            autocast = torch.autocast(device.type, COMPUTE_DTYPES[config.precision])
+            model.forward = convert_outputs_to_fp32(autocast(model.forward))
+        if config.zero_stage:
+            shard_with_fsdp2(model, config, init_device_mesh(device.type, (config.gpus,)))
+        materialize(model, device, torch.float32, workload.seed)
+        self._model: torch.nn.Module = model
+        if not config.zero_stage and config.gpus > 1:
+            self._model = DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                find_unused_parameters=config.activation_checkpointing == "none",
+            )
+        self._parameters = list(model.parameters())
+        self._optimizer = torch.optim.AdamW(
+            _parameter_groups(model, workload.weight_decay), lr=workload.learning_rate, fused=True
+        )
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self._norm = torch.tensor(float("nan"))
+
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
+        """See `Engine.forward`."""
+        with self._synchronised(boundary):
+            # The model shifts the labels itself. No mask: that of full sequences of one length is all ones, for which
+            # transformers makes none.
+            loss: torch.Tensor = self._model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        return loss
+
+    def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
+        """See `Engine.backward`."""
+        with self._synchronised(boundary):
+            self._scaler.scale(loss / self._accumulation).backward()
+
+    def update(self) -> None:
+        """See `Engine.update`. With fp16, a step whose gradients overflow changes only the loss scale."""
+        self._scaler.unscale_(self._optimizer)
+        self._norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+
+    def gradient_norm(self) -> float:
+        """See `Engine.gradient_norm`."""
+        norm = self._norm.full_tensor() if isinstance(self._norm, DTensor) else self._norm
+        return norm.item()
+
+    def _synchronised(self, boundary: bool) -> AbstractContextManager[None]:
+        """Gradients are reduced over the ranks in the backward pass exactly if `boundary`."""
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(boundary)
+        elif isinstance(self._model, DistributedDataParallel) and not boundary:
+            return self._model.no_sync()
+        return nullcontext()
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """AdamW's groups as the Trainer makes them: matrices decay, norms and biases do not."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups: list[dict[str, object]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

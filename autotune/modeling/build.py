@@ -1,0 +1,146 @@
+"""The Hugging Face model of a trial: built on meta, laid out as the config says, then given weights on its device.
+
+The order is `build_model`, `apply_activation_checkpointing`, `shard_with_fsdp2` where the config shards, `materialize`.
+No step before the last allocates a parameter, so a 32B model never exists whole on the host, and under FSDP2 on no
+device either.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable
+
+import torch
+from accelerate import init_empty_weights
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from autotune.spec.config import Attention, TrialConfig
+from autotune.spec.model import ModelSpec
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The dtype in which matrix products run, by `TrialConfig.precision`."""
+
+
+def huggingface_config(spec: ModelSpec) -> PretrainedConfig:
+    """The transformers config of `spec`, without a key-value cache: training has no use for one."""
+    fields = dict(spec.config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config.use_cache = False
+    return config
+
+
+def construct_model(spec: ModelSpec, attention: Attention) -> PreTrainedModel:
+    """The causal language model with fp32 parameters, in training mode, wherever the surrounding context puts it."""
+    model = AutoModelForCausalLM.from_config(
+        huggingface_config(spec), dtype=torch.float32, attn_implementation=attention
+    )
+    return model.train()
+
+
+def build_model(spec: ModelSpec, attention: Attention) -> PreTrainedModel:
+    """`construct_model` with its parameters on the meta device.
+
+    Buffers are real: those that no checkpoint stores (the rotary `inv_freq`) are computed by the constructors, and
+    moving them through meta would lose them. They are a few KiB.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = construct_model(spec, attention)
+    model.tie_weights()  # moving each parameter to meta gave each user of a shared one its own
+    return model
+
+
+def apply_activation_checkpointing(model: PreTrainedModel, config: TrialConfig) -> None:
+    """Recompute decoder layers in the backward pass: all of them (`full`) or every n-th, the first included.
+
+    Goes through transformers' own switch, as the Hugging Face Trainer does. Non-reentrant: the reentrant kind needs
+    inputs that require gradients and hides its saved tensors from hooks.
+    """
+    if config.activation_checkpointing == "none":
+        return
+    with warnings.catch_warnings():
+        # The name that replaces it does not exist in the older transformers 5 that we support.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.activation_checkpointing == "selective":
+        every = config.selective_every
+        if not every:
+            raise ValueError("activation_checkpointing selective needs selective_every, the n of every n-th layer")
+        for index, layer in enumerate(checkpointed_layers(model)):
+            layer.gradient_checkpointing = index % every == 0
+
+
+def checkpointed_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """The repeated blocks of `model`, in order: the unit of checkpointing and of FSDP2."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def shard_with_fsdp2(model: PreTrainedModel, config: TrialConfig, mesh: DeviceMesh) -> None:
+    """Shard the parameters of `model` over `mesh` in place, in the units that accelerate makes.
+
+    Units (accelerate 1.15, `fsdp2_prepare_model`): the input embedding; each decoder layer; final norm and output
+    embedding together, never resharded after forward because backward wants them at once; the rest with the root. A
+    tied embedding joins the last unit, since FSDP2 wants a shared parameter in one unit.
+
+    Parameters stay fp32 shards and are cast for compute. Gradients are reduced in the compute dtype: accelerate sets
+    `reduce_dtype` = `param_dtype`. It also casts every output to it; we do not, because the only output that this would
+    change is the loss, which would keep three digits.
+    """
+    compute = COMPUTE_DTYPES[config.precision]
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute)
+    reshard = config.zero_stage == 3
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = embedding.weight is head.weight
+    for layer in checkpointed_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    tail = [model.base_model.norm, *([embedding] if tied else []), head]
+    if not tied:
+        fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(tail, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def materialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    """Put `model` on `device` in `dtype` with the weights of `initial_weight`, in place.
+
+    Sharded parameters keep their shards. The full value of one parameter at a time exists besides; nothing passes
+    through the host.
+    """
+
+    def allocate(tensor: torch.Tensor) -> torch.Tensor:
+        # Only parameters are on meta; buffers carry values and keep their dtype.
+        return torch.empty_like(tensor, dtype=dtype, device=device) if tensor.is_meta else tensor.to(device)
+
+    # `_apply` is what `Module.to_empty` is made of, and what FSDP2 overrides to follow its parameters.
+    model._apply(allocate)
+    model.tie_weights()  # `_apply` gave each user of a shared parameter its own
+    std = initializer_range(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            full = initial_weight(name, parameter.shape, device, std, seed)
+            if isinstance(parameter, DTensor):
+                # Every rank has made the same full value, so each cuts its own shard and no one sends anything.
+                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(full)
+
+
+def initial_weight(name: str, shape: Iterable[int], device: torch.device, std: float, seed: int) -> torch.Tensor:
+    """The random fp32 value of the parameter `name`, whole, on `device`.
+
+    Depends on (seed, name, shape, kind of device) alone, never on the order of the parameters or on the sharding: the
+    engines of one study train the same weights. Norms are ones, biases zeros, the rest normal(0, `std`).
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(*shape, device=device)
+    if len(tuple(shape)) < 2:
+        return torch.ones(*shape, device=device)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(*shape, device=device).normal_(0.0, std, generator=generator)
+
+
+def initializer_range(model: PreTrainedModel) -> float:
+    """Standard deviation of the initial weights; transformers' own default where the config names none."""
+    return float(getattr(model.config.get_text_config(), "initializer_range", 0.02))

@@ -1,0 +1,114 @@
+"""`MemoryTracker`: the bytes of live tensors, their peak, where it was, and a limit on them.
+
+Counts storages, not tensors: views share one. It sees every tensor that an operator returns while the mode is on, on any
+device, FakeTensors and the local parts of DTensors included, which makes one tracker serve three ends: a memory limit
+that is exact to the byte on CPU, where there is no allocator to ask; the peak of a real CPU trial; and the prediction
+of a step that was only traced.
+
+What it does not see: temporaries inside one operator, tensors made before it was entered and not touched since (their
+storage counts from the first operator that returns them), memory that no tensor owns (contexts, workspaces, buffers of
+the communication library), and an allocator's fragmentation.
+"""
+
+import weakref
+from typing import Any, Self
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_iter
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts while entered. Enter once; threads are followed as PyTorch follows dispatch modes, backward included.
+
+    Args:
+        limit_bytes: live bytes above which an operator raises `torch.OutOfMemoryError`; None for no limit.
+        round_to: each storage counts as a multiple of this. 512 is the block of CUDA's caching allocator.
+    """
+
+    def __init__(self, limit_bytes: int | None = None, round_to: int = 1) -> None:
+        super().__init__()
+        self.limit_bytes = limit_bytes
+        self.round_to = round_to
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.phase = ""
+        """Name of what the caller is doing; the first half of a site."""
+        self.sites: dict[tuple[str, str], int] = {}
+        """Highest live bytes after each (phase, operator)."""
+        self._storages: dict[int, int] = {}  # storage -> bytes counted
+
+    def reset_peak(self) -> None:
+        """Forget peak and sites; what is live stays counted."""
+        self.peak_bytes = self.live_bytes
+        self.sites.clear()
+
+    def track(self, tensor: torch.Tensor) -> None:
+        """Count `tensor`, which no operator has returned yet: a parameter or buffer made before the tracker."""
+        self._count(tensor)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def __enter__(self) -> Self:
+        # FSDP2 frees and restores unsharded parameters by resizing their storage, which is no operator.
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
+            result = self._resize(storage, size)
+            if storage._cdata in self._storages:
+                grown = self._recount(storage)
+                self._note("resize_", grown)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        grown = sum(self._count(leaf) for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor))
+        self._note(str(func), grown)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> int:
+        """Bytes by which live memory grew."""
+        if is_traceable_wrapper_subclass(tensor):  # a DTensor owns nothing; its local tensor does
+            names, _ = tensor.__tensor_flatten__()
+            parts = (getattr(tensor, name) for name in names)
+            return sum(self._count(part) for part in parts if isinstance(part, torch.Tensor))
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            return 0
+        return self._recount(tensor.untyped_storage())
+
+    def _recount(self, storage: torch.UntypedStorage) -> int:
+        key = storage._cdata
+        size = -(-storage.nbytes() // self.round_to) * self.round_to
+        known = self._storages.get(key)
+        if known is None:
+            # The storage's Python object lives exactly as long as the storage itself.
+            weakref.finalize(storage, self._release, key).atexit = False
+        grown = size - (known or 0)
+        self._storages[key] = size
+        self.live_bytes += grown
+        return grown
+
+    def _release(self, key: int) -> None:
+        self.live_bytes -= self._storages.pop(key)
+
+    def _note(self, site: str, grown: int) -> None:
+        """Record the live bytes after an operator that added `grown`, and refuse them if they are too many.
+
+        Raises:
+            torch.OutOfMemoryError: the limit is passed. The tensor dies with the exception, and is then uncounted.
+        """
+        if self.limit_bytes is not None and grown > 0 and self.live_bytes > self.limit_bytes:
+            raise torch.OutOfMemoryError(
+                f"Memory limit reached in {site}: tried to allocate {grown} bytes"
+                f" on top of {self.live_bytes - grown} live bytes, with a limit of {self.limit_bytes} bytes."
+            )
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        key = (self.phase, site)
+        self.sites[key] = max(self.sites.get(key, 0), self.live_bytes)

@@ -1,0 +1,68 @@
+"""A study as plain JSON data: what `--json` prints."""
+
+from pathlib import Path
+from typing import Any
+
+from autotune.results import Best, Counts, attempted_outcomes, standing_outcome
+from autotune.spec.record import AttemptRecord, StudyRecord, TrialRecord
+from autotune.study import Study
+
+
+def study_document(study: Study, artifacts: dict[str, Path]) -> dict[str, Any]:
+    """The result of `tune`."""
+    best, baseline = study.best(), study.baseline_outcome
+    return {
+        "study": study.space.name,
+        "trials": counts_document(study.counts),
+        "best": None if best is None else best_document(best),
+        "baseline": None if baseline is None else baseline.to_dict(),
+        "artifacts": {name: str(path) for name, path in artifacts.items()},
+    }
+
+
+def studies_document(rows: list[tuple[StudyRecord, Counts]]) -> dict[str, Any]:
+    """The result of `studies`."""
+    return {
+        "studies": [
+            {"study": study.name, "created_at": study.created_at.isoformat(), "trials": counts_document(counts)}
+            for study, counts in rows
+        ]
+    }
+
+
+def best_document(best: Best) -> dict[str, Any]:
+    """One measured trial."""
+    return {"trial": best.trial, "config": best.config.to_dict(), "measurement": best.measurement.to_dict()}
+
+
+def trial_document(trial: TrialRecord) -> dict[str, Any]:
+    """One trial with all its attempts; `outcome` is the one that stands, or null."""
+    outcome = standing_outcome(attempted_outcomes(trial))
+    return {
+        "trial": trial.number,
+        "fingerprint": trial.fingerprint,
+        "source": trial.source,
+        "config": trial.config.to_dict(),
+        "outcome": None if outcome is None else outcome.to_dict(),
+        "attempts": [_attempt_document(attempt) for attempt in trial.attempts],
+    }
+
+
+def counts_document(counts: Counts) -> dict[str, int]:
+    """Trials by state."""
+    return {
+        "complete": counts.complete,
+        "out_of_memory": counts.out_of_memory,
+        "failed": counts.failed,
+        "interrupted": counts.interrupted,
+    }
+
+
+def _attempt_document(attempt: AttemptRecord) -> dict[str, Any]:
+    return {
+        "attempt": attempt.number,
+        "state": attempt.state.value,
+        "started_at": attempt.started_at.isoformat(),
+        "finished_at": None if attempt.finished_at is None else attempt.finished_at.isoformat(),
+        "outcome": None if attempt.outcome is None else attempt.outcome.to_dict(),
+    }

@@ -1,0 +1,210 @@
+"""A study in the terminal: live while it runs, one line a trial when the output is no terminal, and its result."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from autotune.results import Best
+from autotune.space.space import Space
+from autotune.spec.config import TrialConfig
+from autotune.spec.outcome import Failure, Measurement, Outcome
+from autotune.study import Attempt, Study
+from autotune.units import format_bytes, format_rate, format_seconds
+
+SHOWN_TRIALS = 14
+
+
+def headline(space: Space) -> RenderableType:
+    """What is about to be searched."""
+    model = f"{space.model.name} ({space.model.num_parameters / 1e9:.2f} B parameters)"
+    if space.model.num_parameters < 1e8:
+        model = f"{space.model.name} ({space.model.num_parameters / 1e6:.2f} M parameters)"
+    refused = sum(space.illegal.values())
+    budget = space.file.budget
+    limits = [f"{budget.trials} trials"]
+    limits += [f"{budget.minutes:g} minutes"] if budget.minutes else []
+    limits += [f"{budget.gpu_hours:g} GPU-hours"] if budget.gpu_hours else []
+    workload = f"global batch {space.workload.global_batch_size} x {space.file.workload.sequence_length} tokens"
+    lines = [
+        Text.assemble(
+            ("autotune ", "bold cyan"), (space.name, "bold"), f"  {model} on {space.cluster.describe()}, {workload}"
+        ),
+        Text(
+            f"{len(space.candidates)} candidates, {refused} combinations refused as illegal, budget {', '.join(limits)}",
+            "dim",
+        ),
+    ]
+    lines += [Text(f"dropped {d.axis} {d.value}: {d.reason}", "dim") for d in space.dropped]
+    return Group(*lines)
+
+
+def outcome_text(outcome: Outcome) -> Text:
+    """An outcome in a few words."""
+    if isinstance(outcome, Measurement):
+        return Text(f"{format_rate(outcome.tokens_per_second_per_gpu):>7} tokens/s/GPU", "green")
+    style = "yellow" if outcome.kind.is_memory else "red"
+    return Text(outcome.kind.value.replace("_", " "), style)
+
+
+def memory_text(outcome: Outcome) -> str:
+    """Peak memory, or what was asked for when it ran out."""
+    if isinstance(outcome, Measurement):
+        return format_bytes(outcome.peak_device_used_bytes)
+    if outcome.kind.is_memory:
+        where = (
+            f"in {outcome.phase.value}" if outcome.rank is None else f"in {outcome.phase.value}, rank {outcome.rank}"
+        )
+        return f"+{format_bytes(outcome.requested_bytes)} {where}" if outcome.requested_bytes else where
+    return outcome.phase.value
+
+
+def trial_table(
+    rows: Iterable[tuple[int, TrialConfig, Outcome]], best: Best | None, baseline: TrialConfig | None
+) -> Table:
+    """Trials, one a row."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("#", justify="right")
+    table.add_column("outcome")
+    table.add_column("peak memory")
+    table.add_column("config")
+    for number, config, outcome in rows:
+        mark = " (best)" if best is not None and best.trial == number else ""
+        mark += " (baseline)" if config == baseline else ""
+        table.add_row(str(number), outcome_text(outcome), memory_text(outcome), Text(config.describe() + mark))
+    return table
+
+
+class Progress:
+    """Shows a running study; an `Observer` of it and a context manager around the run."""
+
+    def __init__(self, study: Study, console: Console) -> None:
+        self._study, self._console = study, console
+        self._rows: list[tuple[int, TrialConfig, Outcome]] = list(study.results)
+        self._running: dict[int, tuple[Attempt, float]] = {}
+        self._finished_at: list[float] = []
+        self._message = "starting the workers"
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        self._console.print(headline(self._study.space))
+        done = self._study.counts.finished
+        if done:
+            self._console.print(Text(f"resumed with {done} finished trials", "dim"))
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+            self._console.print(self._table(self._rows))
+
+    def started(self, attempt: Attempt) -> None:
+        """An attempt was handed to the runner."""
+        self._running[attempt.id] = (attempt, time.monotonic())
+
+    def finished(self, attempt: Attempt, outcome: Outcome) -> None:
+        """Its outcome is in the store."""
+        self._running.pop(attempt.id, None)
+        self._finished_at.append(time.monotonic())
+        if self._study.settled(attempt.config):
+            self._rows.append((attempt.trial, attempt.config, outcome))
+        if self._console.is_terminal:
+            return
+        counts = self._study.counts
+        words = [
+            f"[{counts.finished}/{self._study.space.file.budget.trials}]",
+            f"trial {attempt.trial}:",
+            outcome_text(outcome).plain.strip() + ",",
+            f"{memory_text(outcome)}, {attempt.config.describe()}",
+        ]
+        if not self._study.settled(attempt.config):
+            words.append("(runs again)")
+        if isinstance(outcome, Failure) and not outcome.kind.is_memory:
+            words.append(f"({' '.join(outcome.message.split())[:200]})")
+        self._console.print(Text(" ".join(words)), soft_wrap=True)
+
+    def _table(self, rows: list[tuple[int, TrialConfig, Outcome]]) -> Table:
+        return trial_table(rows, self._study.best(), self._study.space.baseline)
+
+    def _render(self) -> RenderableType:
+        # The display runs in its own thread; the copies keep it off lists that change meanwhile.
+        rows, running = self._rows[-SHOWN_TRIALS:], list(self._running.values())
+        parts: list[RenderableType] = [self._table(rows)] if rows else []
+        now = time.monotonic()
+        for attempt, since in running:
+            parts.append(
+                Text(
+                    f"{attempt.trial:>2} running {format_seconds(now - since):>7}  {attempt.config.describe()}", "cyan"
+                )
+            )
+        if not rows and not running:
+            parts.append(Text("starting Ray and the workers", "dim"))
+        parts.append(self._footer())
+        return Group(*parts)
+
+    def _footer(self) -> RenderableType:
+        counts, total = self._study.counts, min(self._study.space.file.budget.trials, len(self._study.space.candidates))
+        best = self._study.best()
+        words = f"{counts.finished}/{total}  {counts.complete} complete, {counts.out_of_memory} out of memory, {counts.failed} failed"
+        if best is not None:
+            words += f"   best {format_rate(best.measurement.tokens_per_second_per_gpu)} tokens/s/GPU (#{best.trial})"
+        if len(self._finished_at) >= 2:
+            pace = (self._finished_at[-1] - self._finished_at[0]) / (len(self._finished_at) - 1)
+            words += f"   about {format_seconds(pace * max(0, total - counts.finished))} left"
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=total, completed=counts.finished, width=24), Text(words))
+        return grid
+
+
+def result_panel(study: Study, artifacts: dict[str, Path]) -> RenderableType:
+    """The verdict and where the files are."""
+    best, baseline, counts = study.best(), study.baseline_outcome, study.counts
+    summary = f"{counts.complete} complete, {counts.out_of_memory} out of memory, {counts.failed} failed"
+    summary += f" in {format_seconds(study.elapsed_seconds)}"
+    if best is None:
+        return Panel(Text(f"No trial is eligible. {summary}."), title="nothing found", border_style="yellow")
+    measured = best.measurement
+    lines = [
+        Text.assemble(("best    ", "dim"), (best.config.describe(), "bold green"), f"  (trial {best.trial})"),
+        Text.assemble(
+            ("speed   ", "dim"),
+            f"{format_rate(measured.tokens_per_second_per_gpu)} tokens/s/GPU{_gain(measured, baseline)}",
+        ),
+        Text.assemble(
+            ("memory  ", "dim"),
+            f"{format_bytes(measured.peak_device_used_bytes)} of {format_bytes(measured.device_memory_bytes)} on the fullest rank",
+        ),
+        Text.assemble(("trials  ", "dim"), summary),
+    ]
+    if artifacts:
+        folder = next(iter(artifacts.values())).parent
+        lines.append(Text.assemble(("files   ", "dim"), f"{_short(folder)}: {', '.join(artifacts)}"))
+    return Panel(Group(*lines), title=f"study {study.space.name}", border_style="green", expand=False)
+
+
+def _gain(measured: Measurement, baseline: Outcome | None) -> str:
+    if isinstance(baseline, Failure):
+        return f", where the baseline ends with {baseline.kind.value.replace('_', ' ')}"
+    if baseline is None:
+        return ""
+    ratio = measured.tokens_per_second_per_gpu / baseline.tokens_per_second_per_gpu
+    return f", {ratio:.2f}x the baseline's {format_rate(baseline.tokens_per_second_per_gpu)} (screening runs)"
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

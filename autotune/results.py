@@ -1,0 +1,126 @@
+"""What a study's trials amount to: which outcome stands, how many ended how, which is the best."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from autotune.spec.config import Engine, TrialConfig
+from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase
+from autotune.spec.record import AttemptState, TrialRecord
+
+LOST = frozenset({FailureKind.WORKER_LOST, FailureKind.NODE_LOST})
+"""Failures of the infrastructure: they say nothing about the config, which is run again."""
+
+UNSTABLE = frozenset({FailureKind.HANG, FailureKind.CRASH, FailureKind.NON_FINITE_LOSS})
+"""Failures that may be chance: run once more before they are believed."""
+
+MAX_LOST_ATTEMPTS = 4
+MAX_UNSTABLE_ATTEMPTS = 2
+
+CUT_OFF = Failure(kind=FailureKind.INTERRUPTED, phase=Phase.START, message="the driver ended while the trial ran")
+"""Stands for the outcome of an attempt that has none."""
+
+
+class Result(NamedTuple):
+    """A trial whose outcome stands."""
+
+    trial: int
+    config: TrialConfig
+    outcome: Outcome
+
+
+class Best(NamedTuple):
+    """A measured trial."""
+
+    trial: int
+    config: TrialConfig
+    measurement: Measurement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Trials by state. A trial that is to be run again counts as none of the finished ones."""
+
+    complete: int
+    out_of_memory: int
+    failed: int
+    interrupted: int
+    """Cut off and not finished since."""
+    running: int = 0
+
+    @property
+    def finished(self) -> int:
+        """Trials whose outcome stands."""
+        return self.complete + self.out_of_memory + self.failed
+
+
+def standing_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The outcome of a config that was attempted these times; None while it must be run again."""
+    if not outcomes:
+        return None
+    last = outcomes[-1]
+    if isinstance(last, Measurement):
+        return last
+    kinds = [outcome.kind for outcome in outcomes if isinstance(outcome, Failure)]
+    if last.kind in LOST:
+        stands = sum(kind in LOST for kind in kinds) >= MAX_LOST_ATTEMPTS
+    elif last.kind in UNSTABLE:
+        stands = sum(kind in UNSTABLE for kind in kinds) >= MAX_UNSTABLE_ATTEMPTS
+    else:
+        # A driver that was stopped says nothing about the config, however often it happens.
+        stands = last.kind is not FailureKind.INTERRUPTED
+    return last if stands else None
+
+
+def attempted_outcomes(trial: TrialRecord) -> list[Outcome]:
+    """What came of each attempt that ended, in order."""
+    ended = [attempt for attempt in trial.attempts if attempt.state is not AttemptState.RUNNING]
+    return [CUT_OFF if attempt.outcome is None else attempt.outcome for attempt in ended]
+
+
+def eligible(measurement: Measurement, memory_headroom: float) -> bool:
+    """Whether a measurement left the headroom (0..1 of the device) free.
+
+    The allocator having had to flush its cache and try again means that it was at the limit already.
+    """
+    usable = (1 - memory_headroom) * measurement.device_memory_bytes
+    return measurement.allocator_retries == 0 and measurement.peak_device_used_bytes <= usable
+
+
+def fastest(results: Iterable[Result], memory_headroom: float, engine: Engine | None = None) -> Best | None:
+    """The fastest eligible trial, among all or those of one engine; None when there is none."""
+    found = [
+        Best(number, config, outcome)
+        for number, config, outcome in results
+        if isinstance(outcome, Measurement) and eligible(outcome, memory_headroom) and engine in (None, config.engine)
+    ]
+    return max(found, key=lambda best: (best.measurement.tokens_per_second_per_gpu, -best.trial), default=None)
+
+
+def count(outcomes: Iterable[Outcome], interrupted: int = 0, running: int = 0) -> Counts:
+    """Trials by the outcomes that stand."""
+    listed = list(outcomes)
+    failures = [outcome for outcome in listed if isinstance(outcome, Failure)]
+    memory = sum(failure.kind.is_memory for failure in failures)
+    return Counts(
+        complete=len(listed) - len(failures),
+        out_of_memory=memory,
+        failed=len(failures) - memory,
+        interrupted=interrupted,
+        running=running,
+    )
+
+
+def standing_results(trials: Iterable[TrialRecord]) -> list[Result]:
+    """Every stored trial whose outcome stands, in the order given."""
+    standing = ((trial.number, trial.config, standing_outcome(attempted_outcomes(trial))) for trial in trials)
+    return [Result(number, config, outcome) for number, config, outcome in standing if outcome is not None]
+
+
+def stored_counts(trials: Sequence[TrialRecord]) -> Counts:
+    """Stored trials by state."""
+    running = sum(bool(trial.attempts) and trial.attempts[-1].state is AttemptState.RUNNING for trial in trials)
+    results = standing_results(trials)
+    return count(
+        (result.outcome for result in results), interrupted=len(trials) - len(results) - running, running=running
+    )

@@ -1,0 +1,8 @@
+"""The search: Optuna proposes, Ray Tune runs.
+
+samplers.py        Optuna samplers by name
+tune_search.py     TuneSearch: the OptunaSearch that Ray Tune drives; it feeds the study and teaches the sampler
+authentication.py  Ray's authentication, set before Ray is imported
+cluster.py         connects to Ray and compares its hardware with what the study asks for
+runner.py          runs a study on Ray Tune
+"""

@@ -1,0 +1,76 @@
+"""Runs a study on Ray Tune."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from autotune.search.samplers import SamplerName, build_sampler
+from autotune.search.tune_search import TuneSearch
+from autotune.spec.config import TrialConfig
+from autotune.spec.request import TrialRequest
+from autotune.study import Study
+from autotune.trial.trainable import TrialTrainable, node_pool, placement
+
+
+def run_study(study: Study, sampler: SamplerName, log_dir: Path, seed: int = 0) -> None:
+    """Run trials until the budget is spent or no candidate is left. Ray is connected already.
+
+    As many trials run at a time as the cluster has room for.
+
+    Raises:
+        KeyboardInterrupt: the user stopped it; running attempts are stored as interrupted.
+    """
+    space = study.space
+    if study.stop_reason is not None:
+        return
+    search = TuneSearch(study, build_sampler(sampler, seed), seed)
+    pools = _start_pools(study, log_dir)
+    smallest = min(space.axes["gpus"])
+    at_once = max(1, space.cluster.total_gpus // int(smallest))
+    template = TrialRequest(
+        trial_id="",
+        model=space.model,
+        workload=space.workload,
+        config=next(iter(space.candidates)),
+        device=space.cluster.device,
+        measure=space.measure,
+        memory_limit_bytes=space.cluster.memory_bytes if space.cluster.device == "cpu" else None,
+        timeout_seconds=space.file.budget.trial_seconds,
+        stall_seconds=space.file.budget.trial_seconds / 2,
+    )
+    trainable = tune.with_parameters(TrialTrainable, template=template, cluster=space.cluster, log_dir=str(log_dir))
+    cluster = space.cluster
+    trainable = tune.with_resources(
+        trainable, lambda trial: placement(TrialConfig.from_dict(trial["config"]), cluster)
+    )
+    with tempfile.TemporaryDirectory(prefix="autotune-tune-") as scratch:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=search, num_samples=-1, max_concurrent_trials=at_once, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(name=space.name, storage_path=scratch, verbose=0),
+        )
+        try:
+            tuner.fit()
+        except KeyboardInterrupt:
+            search.interrupt("the study was stopped while the trial ran")
+            raise
+        finally:
+            del pools
+
+
+def _start_pools(study: Study, log_dir: Path) -> list[Any]:
+    """Start every node's pool now and all at once, since importing the libraries takes seconds.
+
+    A pool ends with its last handle: the caller keeps the list while trials run.
+    """
+    device = study.space.cluster.device
+    resource = "CPU" if device == "cpu" else "GPU"
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource, 0) >= 1]
+    pools = [node_pool(node["NodeID"], device, str(log_dir)) for node in nodes]
+    ray.get([pool.ready.remote() for pool in pools])
+    return pools

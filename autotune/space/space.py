@@ -1,0 +1,234 @@
+"""`Space`: the axes of a study, its legal candidates, and the way from axis values to configs and back."""
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from autotune.errors import InvalidSpaceError, NothingFeasibleError
+from autotune.space.file import SpaceFile, read_space_file
+from autotune.space.legality import deepspeed_key_applies, refusal
+from autotune.spec.cluster import ClusterSpec, find_gpu
+from autotune.spec.config import Scalar, TrialConfig
+from autotune.spec.model import ModelSpec, load_model
+from autotune.spec.workload import MeasureSettings, Workload
+
+NOT_APPLICABLE = "n/a"
+"""Value of an axis that does nothing under the other axes' values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A value of an axis that no legal candidate has."""
+
+    axis: str
+    value: Scalar
+    reason: str
+
+
+@dataclass(frozen=True)
+class Space:
+    """A study's search space on a known cluster. Build it with `load_space`."""
+
+    file: SpaceFile
+    text: str
+    """The file as it stood on disk."""
+    where: str
+    """The file's name, for messages."""
+    model: ModelSpec
+    cluster: ClusterSpec
+    workload: Workload
+    axes: dict[str, tuple[Scalar, ...]] = field(repr=False)
+    """Axis name to its values; a fixed setting has one. DeepSpeed keys are named `deepspeed.<key>`."""
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.file.study
+
+    @property
+    def measure(self) -> MeasureSettings:
+        """How trials measure."""
+        return MeasureSettings(warmup=self.file.measure.warmup, micro_steps=self.file.measure.micro_steps)
+
+    @property
+    def identity(self) -> str:
+        """Sixteen hex digits of everything that makes two measurements comparable: model, work, hardware, protocol.
+
+        Axes and budgets are not part of it: a study may be widened and go on.
+        """
+        parts = {
+            "model": self.model.digest,
+            "weights": self.file.weights,
+            "task": self.file.task,
+            "method": self.file.method,
+            "workload": self.file.workload.model_dump(),
+            "cluster": [
+                self.cluster.nodes,
+                self.cluster.gpus_per_node,
+                self.cluster.gpu.name,
+                self.cluster.memory_bytes,
+            ],
+            "measure": self.file.measure.model_dump(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def config(self, values: dict[str, Any]) -> TrialConfig:
+        """The config that one value per axis describes. Axes that do not apply are left out of it."""
+        fields = {key: value for key, value in values.items() if not key.startswith("deepspeed.")}
+        if fields["activation_checkpointing"] != "selective":
+            fields["selective_every"] = None
+        config = TrialConfig(**fields, sequence_length=self.file.workload.sequence_length)
+        keys = {key.removeprefix("deepspeed."): value for key, value in values.items() if key.startswith("deepspeed.")}
+        applicable = tuple((key, value) for key, value in keys.items() if deepspeed_key_applies(key, config))
+        return replace(config, deepspeed=applicable)
+
+    def values(self, config: TrialConfig) -> dict[str, Scalar]:
+        """The inverse of `config`: one value per axis, `NOT_APPLICABLE` where the config has none."""
+        keys = dict(config.deepspeed)
+        found: dict[str, Scalar | None] = {
+            axis: keys.get(axis.removeprefix("deepspeed.")) if axis.startswith("deepspeed.") else getattr(config, axis)
+            for axis in self.axes
+        }
+        return {axis: NOT_APPLICABLE if value is None else value for axis, value in found.items()}
+
+    def refusal(self, config: TrialConfig) -> str | None:
+        """Why the config is illegal, or None."""
+        return refusal(config, self.workload, self.model, self.cluster)
+
+    def __contains__(self, config: TrialConfig) -> bool:
+        """Whether the config is a legal candidate of these axes."""
+        values = self.values(config)
+        inside = all(values[axis] in (*allowed, NOT_APPLICABLE) for axis, allowed in self.axes.items())
+        return (
+            inside
+            and self.config({a: self.axes[a][0] if v == NOT_APPLICABLE else v for a, v in values.items()}) == config
+        )
+
+    def combinations(self) -> Iterator[TrialConfig]:
+        """Every distinct config of the axes, legal or not."""
+        seen: set[TrialConfig] = set()
+        for combination in itertools.product(*self.axes.values()):
+            config = self.config(dict(zip(self.axes, combination, strict=True)))
+            if config not in seen:
+                seen.add(config)
+                yield config
+
+    @cached_property
+    def candidates(self) -> tuple[TrialConfig, ...]:
+        """Every legal candidate, in the order of the file."""
+        return tuple(config for config in self.combinations() if self.refusal(config) is None)
+
+    @cached_property
+    def illegal(self) -> Counter[str]:
+        """How many combinations each reason refuses."""
+        reasons = (self.refusal(config) for config in self.combinations())
+        return Counter(reason for reason in reasons if reason is not None)
+
+    @cached_property
+    def dropped(self) -> tuple[Dropped, ...]:
+        """Values that the file lists but no legal candidate has, with the commonest reason."""
+        used: dict[str, set[Scalar]] = {axis: set() for axis in self.axes}
+        for config in self.candidates:
+            for axis, value in self.values(config).items():
+                used[axis].add(value)
+        dropped = []
+        for axis, values in self.axes.items():
+            for value in values:
+                if value in used[axis] or (axis == "selective_every" and used[axis] == {NOT_APPLICABLE}):
+                    continue
+                refused = [c for c in self.combinations() if self.values(c)[axis] == value]
+                reasons = Counter(self.refusal(config) or "" for config in refused)
+                reason = (
+                    reasons.most_common(1)[0][0] if reasons else "it applies to none of the engines and stages listed"
+                )
+                dropped.append(Dropped(axis, value, reason))
+        return tuple(dropped)
+
+    @cached_property
+    def baseline(self) -> TrialConfig | None:
+        """What the user runs today; axes that the file's baseline leaves out take their first value."""
+        given = self.file.baseline
+        if given is None:
+            return None
+        stated = {key: value for key, value in given.model_dump(exclude={"deepspeed"}).items() if value is not None}
+        keys = {f"deepspeed.{key}": value for key, value in given.deepspeed.items()}
+        config = self.config({axis: values[0] for axis, values in self.axes.items()} | stated | keys)
+        reason = self.refusal(config)
+        if reason is not None:
+            raise InvalidSpaceError(f"{self.where}: baseline: {reason}; change the baseline to one that can run")
+        return config
+
+
+def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
+    """Read a search-space file and check that it describes something that can run.
+
+    Args:
+        path: the YAML file.
+        cluster: the hardware, for files that say `cluster: auto`; ignored by the others.
+
+    Raises:
+        InvalidSpaceError: the file is wrong.
+        InvalidModelError: the model cannot be found.
+        UnknownHardwareError: the GPU is not in the table.
+        NothingFeasibleError: no combination of the axes is legal.
+    """
+    file, text = read_space_file(path)
+    where = str(path)
+    model = load_model(file.model, path.parent)
+    if file.cluster == "auto":
+        if cluster is None:
+            raise InvalidSpaceError(
+                f"{where}: cluster: found 'auto', which needs a cluster to ask; state nodes, gpus_per_node, gpu"
+            )
+    else:
+        gpu = find_gpu(file.cluster.gpu)
+        memory_bytes = file.cluster.memory_bytes or gpu.memory_bytes
+        if memory_bytes is None:
+            raise InvalidSpaceError(
+                f"{where}: cluster.memory_bytes: is missing; on gpu: {gpu.name} state each worker's limit, such as 900MiB"
+            )
+        cluster = ClusterSpec(
+            nodes=file.cluster.nodes, gpus_per_node=file.cluster.gpus_per_node, gpu=gpu, memory_bytes=memory_bytes
+        )
+    axes: dict[str, tuple[Scalar, ...]] = {
+        key: tuple(getattr(file.search, key))
+        for key in type(file.search).model_fields
+        if key not in ("deepspeed", "gpus")
+    }
+    axes["gpus"] = tuple(file.search.gpus or [cluster.total_gpus])
+    if "selective" not in axes["activation_checkpointing"] and "selective_every" not in file.search.model_fields_set:
+        axes["selective_every"] = axes["selective_every"][:1]
+    _check_deepspeed_keys(file, where)
+    axes |= {f"deepspeed.{key}": tuple(values) for key, values in file.search.deepspeed.items()}
+    workload = Workload(**file.workload.model_dump(exclude={"sequence_length"}))
+    space = Space(file=file, text=text, where=where, model=model, cluster=cluster, workload=workload, axes=axes)
+    if not space.candidates:
+        reason, count = space.illegal.most_common(1)[0]
+        raise NothingFeasibleError(
+            f"{where}: search: no combination of the axes is legal; most ({count}) are refused because {reason}"
+        )
+    _ = space.baseline
+    return space
+
+
+def _check_deepspeed_keys(file: SpaceFile, where: str) -> None:
+    # DeepSpeed is heavy: it is asked only when the file names keys of it.
+    stated = [
+        (f"search.deepspeed.{key}", key, value) for key, values in file.search.deepspeed.items() for value in values
+    ]
+    if file.baseline is not None:
+        stated += [(f"baseline.deepspeed.{key}", key, value) for key, value in file.baseline.deepspeed.items()]
+    if not stated:
+        return
+    from autotune.formats.deepspeed_json import deepspeed_key_error
+
+    for place, key, value in stated:
+        reason = deepspeed_key_error(key, value)
+        if reason is not None:
+            raise InvalidSpaceError(f"{where}: {place}: found {value!r}; {reason}")

@@ -1,0 +1,73 @@
+"""What a store remembers of a study: the study, its trials, and each attempt to measure one."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from autotune.spec.config import TrialConfig
+from autotune.spec.outcome import Outcome
+
+
+class AttemptState(StrEnum):
+    """Where an attempt stands."""
+
+    RUNNING = "running"
+    COMPLETE = "complete"
+    """It has a measurement."""
+    FAILED = "failed"
+    """It has a failure."""
+    INTERRUPTED = "interrupted"
+    """It was cut off, by us or by a crash, and says nothing about its config."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRecord:
+    """One run of a trial. Times are aware and in UTC."""
+
+    id: int
+    number: int
+    """1, 2, … within its trial."""
+    state: AttemptState
+    started_at: datetime
+    finished_at: datetime | None
+    """None while it runs."""
+    outcome: Outcome | None
+    """None while it runs, and where a crash of the tuner cut it off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """One config of a study, and all that was tried to measure it."""
+
+    number: int
+    """1, 2, … within its study, in the order of the first attempts."""
+    config: TrialConfig
+    source: str
+    """Who proposed it: `baseline` or `search`."""
+    attempts: tuple[AttemptRecord, ...]
+    """By number; at least one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """See `TrialConfig.fingerprint`; unique within a study."""
+        return self.config.fingerprint
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What the last attempt found out; None while it runs or where it was interrupted."""
+        if not self.attempts or self.attempts[-1].state not in (AttemptState.COMPLETE, AttemptState.FAILED):
+            return None
+        return self.attempts[-1].outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRecord:
+    """A study as it was started, or last edited."""
+
+    name: str
+    created_at: datetime
+    """Aware and in UTC."""
+    space_yaml: str
+    """The search-space file, word for word."""
+    identity: str
+    """Digest of what a study must keep to stay the same study; the store compares nothing, it only keeps it."""

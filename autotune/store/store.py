@@ -1,0 +1,289 @@
+"""`SqlStore`: studies, trials and attempts in a database. It is the truth; everything in memory is rebuilt from it."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import CursorResult, Engine, Row, func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from autotune.errors import StoreError
+from autotune.spec.config import TrialConfig
+from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, outcome_from_dict
+from autotune.spec.record import AttemptRecord, AttemptState, StudyRecord, TrialRecord
+from autotune.store.connect import WRITES, connect, mask_url, parse_url, reported, sqlite_path
+from autotune.store.migrate import is_current, schema_revision, upgrade_schema
+from autotune.store.tables import Attempt, Environment, Study, Trial
+
+
+def open_store(url: str, *, create: bool) -> "SqlStore":
+    """Open a database, and bring it to this version's schema.
+
+    Args:
+        url: `sqlite:///FILE.db` or `postgresql://USER:PASSWORD@HOST/DATABASE`.
+        create: make the file, its folder and the tables where they are missing.
+
+    Raises:
+        StoreError: no such database, a URL or driver that cannot be used, a file that is no database, a newer schema.
+    """
+    parsed = parse_url(url)
+    shown = mask_url(url)
+    path = sqlite_path(parsed)
+    if path is not None and not create and not path.exists():
+        raise StoreError(
+            f"store {shown}: {path} does not exist; correct the path, or begin a study there with `autotune tune`"
+        )
+    if path is not None and create:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"store {shown}: folder {path.parent} cannot be made ({error.strerror}); choose another place"
+            ) from error
+    engine = connect(parsed)
+    try:
+        with reported(shown):
+            with engine.connect() as connection:
+                current = is_current(connection)
+                empty = schema_revision(connection) is None
+            if empty and not create:
+                raise StoreError(
+                    f"store {shown} holds no study yet; correct the URL, or begin a study there with `autotune tune`"
+                )
+            if not current:
+                with engine.execution_options(**{WRITES: True}).begin() as connection:
+                    upgrade_schema(connection, shown)
+    except BaseException:
+        engine.dispose()
+        raise
+    return SqlStore(engine, shown)
+
+
+class SqlStore:
+    """An open store. Each call is one transaction; threads and processes may share a database.
+
+    Every call raises `StoreError` when the database fails or the study is unknown.
+    """
+
+    def __init__(self, engine: Engine, shown_url: str) -> None:
+        self._engine = engine
+        self._writing_engine = engine.execution_options(**{WRITES: True})
+        self.shown_url = shown_url
+        """The URL with its password masked."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; the store is of no further use."""
+        self._engine.dispose()
+
+    def studies(self) -> list[StudyRecord]:
+        """Every study, oldest first."""
+        with self._reading() as session:
+            return [_study_record(row) for row in session.scalars(select(Study).order_by(Study.id))]
+
+    def study(self, name: str) -> StudyRecord | None:
+        """One study; None where there is none of that name."""
+        with self._reading() as session:
+            row = session.scalar(select(Study).where(Study.name == name))
+            return None if row is None else _study_record(row)
+
+    def create_study(self, name: str, space_yaml: str, identity: str) -> StudyRecord:
+        """Add a study.
+
+        Raises:
+            StoreError: the name is taken.
+        """
+        with self._writing() as session:
+            if session.scalar(select(Study.id).where(Study.name == name)) is not None:
+                raise StoreError(f"study {name!r} is in {self.shown_url} already; resume it, or choose another name")
+            row = Study(name=name, created_at=_now(), space_yaml=space_yaml, identity=identity)
+            session.add(row)
+            session.flush()
+            return _study_record(row)
+
+    def update_space(self, name: str, space_yaml: str) -> None:
+        """Keep the edited search-space file of a study."""
+        with self._writing() as session:
+            session.execute(
+                update(Study).where(Study.id == self._study_id(session, name)).values(space_yaml=space_yaml)
+            )
+
+    def trials(self, study: str) -> list[TrialRecord]:
+        """Every trial of a study with its attempts, by number. One query, however many there are."""
+        query = (
+            select(
+                Trial.number.label("trial_number"), Trial.config, Trial.source, Attempt.id, Attempt.number,
+                Attempt.state, Attempt.started_at, Attempt.finished_at, Attempt.outcome,
+            )
+            .join(Attempt, Attempt.trial_id == Trial.id)
+            .order_by(Trial.number, Attempt.number)
+        )  # fmt: skip
+        with self._reading() as session:
+            query = query.where(Trial.study_id == self._study_id(session, study))
+            # In portions: all rows of a long study beside their records would take twice the memory.
+            rows = session.execute(query.execution_options(yield_per=500))
+            return [
+                _trial_record(list(group)) for _, group in itertools.groupby(rows, key=lambda row: row.trial_number)
+            ]
+
+    def begin_attempt(self, study: str, config: TrialConfig, source: str) -> tuple[int, int]:
+        """Note that a config is about to run: a new trial if the study has not seen the config, and a running attempt.
+
+        Args:
+            study: name of the study.
+            config: what is about to run.
+            source: `baseline` or `search`; a trial keeps the first one it got.
+
+        Returns:
+            The trial's number, and the attempt's id for `finish_attempt`.
+        """
+        with self._writing() as session:
+            # The lock on the study gives out trial numbers one at a time, on PostgreSQL too.
+            study_id = self._study_id(session, study, lock=True)
+            fingerprint = config.fingerprint
+            trial = session.scalar(select(Trial).where(Trial.study_id == study_id, Trial.fingerprint == fingerprint))
+            if trial is None:
+                last = session.scalar(select(func.max(Trial.number)).where(Trial.study_id == study_id))
+                trial = Trial(
+                    study_id=study_id,
+                    number=(last or 0) + 1,
+                    fingerprint=fingerprint,
+                    config=config.to_dict(),
+                    source=source,
+                )
+                session.add(trial)
+                session.flush()
+            last = session.scalar(select(func.max(Attempt.number)).where(Attempt.trial_id == trial.id))
+            attempt = Attempt(
+                trial_id=trial.id, number=(last or 0) + 1, state=AttemptState.RUNNING.value, started_at=_now()
+            )
+            session.add(attempt)
+            session.flush()
+            return trial.number, attempt.id
+
+    def finish_attempt(self, attempt_id: int, outcome: Outcome) -> None:
+        """Keep what a running attempt found out.
+
+        Raises:
+            StoreError: there is no such attempt, or it is not running.
+        """
+        with self._writing() as session:
+            attempt = session.scalar(select(Attempt).where(Attempt.id == attempt_id).with_for_update())
+            if attempt is None:
+                raise StoreError(f"store {self.shown_url} has no attempt {attempt_id}; begin one before finishing it")
+            if attempt.state != AttemptState.RUNNING:
+                raise StoreError(
+                    f"attempt {attempt_id} in {self.shown_url} is {attempt.state}, not running, so its outcome was not"
+                    " kept; check that no other tuner runs the same study"
+                )
+            attempt.finished_at = _now()
+            attempt.outcome = outcome.to_dict()
+            attempt.elapsed_seconds = outcome.elapsed_seconds
+            attempt.log_path = outcome.log_path
+            if isinstance(outcome, Failure):
+                interrupted = outcome.kind is FailureKind.INTERRUPTED
+                attempt.state = (AttemptState.INTERRUPTED if interrupted else AttemptState.FAILED).value
+                attempt.kind = outcome.kind.value
+            else:
+                attempt.state = AttemptState.COMPLETE.value
+                attempt.tokens_per_second_per_gpu = outcome.tokens_per_second_per_gpu
+                attempt.peak_memory_allocated_bytes = outcome.peak_memory_allocated_bytes
+                attempt.environment_id = _environment_id(session, outcome)
+
+    def interrupt_running(self, study: str) -> int:
+        """Mark every running attempt of a study interrupted: what a crash of the tuner left behind.
+
+        Returns:
+            How many there were.
+        """
+        with self._writing() as session:
+            trials = select(Trial.id).where(Trial.study_id == self._study_id(session, study))
+            result = session.execute(
+                update(Attempt)
+                .where(Attempt.state == AttemptState.RUNNING.value, Attempt.trial_id.in_(trials))
+                .values(state=AttemptState.INTERRUPTED.value, finished_at=_now()),
+                execution_options={"synchronize_session": False},
+            )
+            assert isinstance(result, CursorResult)
+            return result.rowcount
+
+    @contextmanager
+    def _reading(self) -> Iterator[Session]:
+        with reported(self.shown_url), Session(self._engine) as session:
+            yield session
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        with reported(self.shown_url), Session(self._writing_engine) as session, session.begin():
+            yield session
+
+    def _study_id(self, session: Session, name: str, *, lock: bool = False) -> int:
+        query = select(Study.id).where(Study.name == name)
+        found = session.scalar(query.with_for_update() if lock else query)
+        if found is None:
+            names = session.scalars(select(Study.name).order_by(Study.name)).all()
+            known = f"it has {', '.join(names)}" if names else "it holds no study yet"
+            raise StoreError(f"study {name!r} is not in {self.shown_url}; {known}")
+        return found
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _study_record(row: Study) -> StudyRecord:
+    return StudyRecord(name=row.name, created_at=row.created_at, space_yaml=row.space_yaml, identity=row.identity)
+
+
+def _trial_record(rows: Sequence[Row[Any]]) -> TrialRecord:
+    """One trial from the rows of its attempts."""
+    attempts = tuple(
+        AttemptRecord(
+            id=row.id,
+            number=row.number,
+            state=AttemptState(row.state),
+            started_at=row.started_at,
+            finished_at=row.finished_at,
+            outcome=None if row.outcome is None else outcome_from_dict(row.outcome),
+        )
+        for row in rows
+    )
+    return TrialRecord(
+        number=rows[0].trial_number,
+        config=TrialConfig.from_dict(rows[0].config),
+        source=rows[0].source,
+        attempts=attempts,
+    )
+
+
+def _environment_id(session: Session, measurement: Measurement) -> int | None:
+    """The row of the environment that rank 0 reported, added if new; None where no rank is kept."""
+    if not measurement.ranks:
+        return None
+    versions: dict[str, Any] = dict(measurement.ranks[0].environment)
+    canonical = json.dumps(versions, sort_keys=True, separators=(",", ":"))
+    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    query = select(Environment.id).where(Environment.fingerprint == fingerprint)
+    found = session.scalar(query)
+    if found is not None:
+        return found
+    try:
+        with session.begin_nested():
+            row = Environment(fingerprint=fingerprint, versions=versions)
+            session.add(row)
+        return row.id
+    except IntegrityError:  # another tuner has just added the same one
+        return session.scalar(query)

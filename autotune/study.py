@@ -1,0 +1,205 @@
+"""The loop of a study: propose, run, record. It knows no torch, no SQL, no Ray and no HTML.
+
+A runner (`autotune.search.runner`) pulls attempts with `next_attempt` and pushes outcomes with `record`; the study
+decides what is run next, what is run again, when the budget is spent, and which config is the best. All of it is
+rebuilt from the store, which is the only truth: kill the process at any moment and open the study again.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from autotune.errors import StoreError
+from autotune.results import Best, Counts, Result, attempted_outcomes, count, eligible, fastest, standing_outcome
+from autotune.space.space import Space
+from autotune.spec.config import Engine, TrialConfig
+from autotune.spec.outcome import Measurement, Outcome
+from autotune.spec.record import StudyRecord, TrialRecord
+
+
+class Store(Protocol):
+    """What a study needs of its database. Every call is one transaction."""
+
+    def study(self, name: str) -> StudyRecord | None:
+        """The study, or None."""
+
+    def create_study(self, name: str, space_yaml: str, identity: str) -> StudyRecord:
+        """Add a study."""
+
+    def update_space(self, name: str, space_yaml: str) -> None:
+        """Keep the edited file."""
+
+    def trials(self, study: str) -> list[TrialRecord]:
+        """Every trial with its attempts, by number."""
+
+    def begin_attempt(self, study: str, config: TrialConfig, source: str) -> tuple[int, int]:
+        """Record that an attempt starts; returns (trial number, attempt id)."""
+
+    def finish_attempt(self, attempt_id: int, outcome: Outcome) -> None:
+        """Record how it ended."""
+
+    def interrupt_running(self, study: str) -> int:
+        """Mark attempts that a dead driver left running; returns how many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One run of one config."""
+
+    id: int
+    trial: int
+    config: TrialConfig
+    source: str
+
+
+class Observer(Protocol):
+    """Hears what happens, in the driver's process and order."""
+
+    def started(self, attempt: Attempt) -> None:
+        """An attempt was handed to the runner."""
+
+    def finished(self, attempt: Attempt, outcome: Outcome) -> None:
+        """Its outcome is in the store."""
+
+
+class Study:
+    """One study on one store. Open it with `Study.open`; not thread-safe: one runner drives it."""
+
+    def __init__(self, space: Space, store: Store, trials: list[TrialRecord]) -> None:
+        self.space = space
+        self.observers: list[Observer] = []
+        self._store = store
+        self._outcomes: dict[TrialConfig, list[Outcome]] = {}
+        self._numbers: dict[TrialConfig, int] = {}
+        self._sources: dict[TrialConfig, str] = {}
+        self._running: dict[int, Attempt] = {}
+        self._again: deque[TrialConfig] = deque()
+        self._spent_gpu_seconds = 0.0
+        self._started = time.monotonic()
+        for trial in trials:
+            self._numbers[trial.config], self._sources[trial.config] = trial.number, trial.source
+            self._outcomes[trial.config] = attempted_outcomes(trial)
+            self._spent_gpu_seconds += sum(o.elapsed_seconds for o in self._outcomes[trial.config]) * trial.config.gpus
+            if not self.settled(trial.config):
+                self._again.append(trial.config)
+        baseline = space.baseline
+        if baseline is not None and baseline not in self._outcomes:
+            self._again.appendleft(baseline)
+
+    @classmethod
+    def open(cls, space: Space, store: Store) -> "Study":
+        """Create the study, or take up the one of that name where it stopped.
+
+        Raises:
+            StoreError: a study of that name measured another model, workload or cluster.
+        """
+        known = store.study(space.name)
+        if known is None:
+            store.create_study(space.name, space.text, space.identity)
+        elif known.identity != space.identity:
+            raise StoreError(
+                f"study {space.name!r} in this store measured another model, workload, cluster or protocol than "
+                f"{space.where} describes; give the file another study name"
+            )
+        elif known.space_yaml != space.text:
+            store.update_space(space.name, space.text)
+        store.interrupt_running(space.name)
+        return cls(space, store, store.trials(space.name))
+
+    # What to run
+
+    def next_attempt(self, propose: Callable[[], TrialConfig | None]) -> Attempt | None:
+        """Begin the next attempt: what must be run again, then the baseline, then what `propose` says.
+
+        Args:
+            propose: returns a legal config that this study has not run, or None when there is none left.
+
+        Returns:
+            None when the budget is spent or nothing is left to run.
+        """
+        if self.stop_reason is not None:
+            return None
+        config = self._again.popleft() if self._again else propose()
+        if config is None:
+            return None
+        source = self._sources.setdefault(config, "baseline" if config == self.space.baseline else "search")
+        number, attempt_id = self._store.begin_attempt(self.space.name, config, source)
+        self._numbers[config] = number
+        self._outcomes.setdefault(config, [])
+        attempt = Attempt(id=attempt_id, trial=number, config=config, source=source)
+        self._running[attempt_id] = attempt
+        for observer in self.observers:
+            observer.started(attempt)
+        return attempt
+
+    def record(self, attempt: Attempt, outcome: Outcome) -> None:
+        """Store how an attempt ended and decide whether its config is run again."""
+        self._store.finish_attempt(attempt.id, outcome)
+        del self._running[attempt.id]
+        self._outcomes[attempt.config].append(outcome)
+        self._spent_gpu_seconds += outcome.elapsed_seconds * attempt.config.gpus
+        if not self.settled(attempt.config):
+            self._again.append(attempt.config)
+        for observer in self.observers:
+            observer.finished(attempt, outcome)
+
+    def known(self, config: TrialConfig) -> bool:
+        """Whether the config was run, runs, or waits to be run again."""
+        return config in self._outcomes or config in self._again
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why nothing more may be started, or None."""
+        budget = self.space.file.budget
+        if self.counts.finished + len(self._running) >= budget.trials:
+            return f"{budget.trials} trials"
+        if budget.minutes is not None and self.elapsed_seconds >= budget.minutes * 60:
+            return f"{budget.minutes:g} minutes"
+        if budget.gpu_hours is not None and self._spent_gpu_seconds >= budget.gpu_hours * 3600:
+            return f"{budget.gpu_hours:g} GPU-hours"
+        return None
+
+    # What is known
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since this process opened the study."""
+        return time.monotonic() - self._started
+
+    @property
+    def gpu_seconds(self) -> float:
+        """GPUs x seconds that finished attempts held, over all runs of the study."""
+        return self._spent_gpu_seconds
+
+    @property
+    def results(self) -> list[Result]:
+        """Every trial whose outcome stands, by number."""
+        standing = ((self._numbers[c], c, standing_outcome(o)) for c, o in self._outcomes.items() if o)
+        return sorted((Result(n, c, o) for n, c, o in standing if o is not None), key=lambda result: result.trial)
+
+    @property
+    def counts(self) -> Counts:
+        """Trials by state."""
+        running = {attempt.config for attempt in self._running.values()}
+        waiting = [config for config in self._again if self._outcomes.get(config) and config not in running]
+        return count((result.outcome for result in self.results), interrupted=len(waiting), running=len(running))
+
+    def eligible(self, measurement: Measurement) -> bool:
+        """Whether a measurement left the memory headroom that the file asks for."""
+        return eligible(measurement, self.space.file.memory_headroom)
+
+    def best(self, engine: Engine | None = None) -> Best | None:
+        """The fastest eligible trial, among all or those of one engine; None when there is none."""
+        return fastest(self.results, self.space.file.memory_headroom, engine)
+
+    @property
+    def baseline_outcome(self) -> Outcome | None:
+        """How the baseline ended; None without one or before it ran."""
+        baseline = self.space.baseline
+        return next((outcome for _, config, outcome in self.results if config == baseline), None)
+
+    def settled(self, config: TrialConfig) -> bool:
+        """Whether the config's last outcome stands; False while it must be run again."""
+        return standing_outcome(self._outcomes[config]) is not None

@@ -1,0 +1,52 @@
+"""What the ranks measured -> `Measurement`."""
+
+import statistics
+from collections.abc import Sequence
+
+from autotune.spec.cluster import GpuSpec
+from autotune.spec.outcome import Measurement, RankMeasurement
+from autotune.spec.request import TrialRequest
+
+
+def compose(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSpec) -> Measurement:
+    """Put the ranks' samples together. Times are of the slowest rank, memory of the fullest.
+
+    With g micro-steps per optimizer step, of which the last one updates:
+
+        step time = max over ranks of  (g - 1) x median(micro-steps) + median(update steps)
+        tokens per second and GPU = tokens of a step / step time / GPUs
+        model FLOPs utilization = FLOPs per token x tokens per second and GPU / dense peak of the GPU
+
+    Left out: what happens once per many steps (saving, evaluating, loading data). Samples of different ranks are not
+    matched up: the medians of one rank are added, then the slowest rank is taken.
+    """
+    config = request.config
+    accumulation = request.workload.gradient_accumulation_steps(config)
+    step_time = max(_step_time(rank, accumulation) for rank in ranks)
+    tokens = request.workload.tokens_per_step(config) / step_time / config.gpus
+    peak = gpu.peak_flops_per_second.get(config.precision)
+    return Measurement(
+        step_time_seconds=step_time,
+        tokens_per_second_per_gpu=tokens,
+        model_flops_utilization=request.model.flops_per_token(config.sequence_length) * tokens / peak if peak else None,
+        peak_memory_allocated_bytes=max(rank.peak_memory_allocated_bytes for rank in ranks),
+        peak_memory_reserved_bytes=max(rank.peak_memory_reserved_bytes for rank in ranks),
+        peak_device_used_bytes=max(rank.peak_device_used_bytes for rank in ranks),
+        device_memory_bytes=min(rank.device_memory_bytes for rank in ranks),
+        allocator_retries=max(rank.allocator_retries for rank in ranks),
+        phase_seconds=slowest([rank.phase_seconds for rank in ranks]),
+        ranks=tuple(ranks),
+    )
+
+
+def slowest(phase_seconds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Per phase the longest time of any rank."""
+    names = dict.fromkeys(name for rank in phase_seconds for name in rank)
+    return {name: max(rank.get(name, 0.0) for rank in phase_seconds) for name in names}
+
+
+def _step_time(rank: RankMeasurement, accumulation: int) -> float:
+    update = statistics.median(rank.update_step_seconds)
+    if accumulation == 1:
+        return update
+    return (accumulation - 1) * statistics.median(rank.micro_step_seconds) + update

@@ -1,0 +1,81 @@
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune.spec.cluster import find_gpu
+from autotune.spec.config import TrialConfig
+from autotune.spec.model import load_model
+from autotune.spec.outcome import RankMeasurement, outcome_from_dict
+from autotune.spec.request import TrialRequest
+from autotune.spec.workload import Workload
+from autotune.trial.compose import compose, slowest
+
+seconds = st.floats(1e-3, 1e3)
+size = st.integers(0, 1 << 40)
+
+
+@st.composite
+def gangs(draw: st.DrawFn) -> tuple[TrialRequest, tuple[RankMeasurement, ...]]:
+    gpus, micro_batch, accumulation = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 8))
+    request = TrialRequest(
+        trial_id="x",
+        model=load_model("qwen3-tiny", Path.cwd()),
+        workload=Workload(global_batch_size=gpus * micro_batch * accumulation),
+        config=TrialConfig(engine="pytorch", gpus=gpus, micro_batch_size=micro_batch, sequence_length=128),
+        device="cpu",
+    )
+    ranks = tuple(
+        RankMeasurement(
+            rank=rank,
+            micro_step_seconds=tuple(draw(st.lists(seconds, min_size=1, max_size=5))) if accumulation > 1 else (),
+            update_step_seconds=tuple(draw(st.lists(seconds, min_size=2, max_size=5))),
+            losses=(1.0,),
+            peak_memory_allocated_bytes=draw(size),
+            peak_memory_reserved_bytes=draw(size),
+            peak_device_used_bytes=draw(size),
+            device_memory_bytes=1 << 40,
+            allocator_retries=draw(st.integers(0, 3)),
+            phase_seconds={"start": draw(seconds), "measure": draw(seconds)},
+            environment={},
+        )
+        for rank in range(gpus)
+    )
+    return request, ranks
+
+
+@given(gangs())
+def test_a_measurement_is_of_the_slowest_and_of_the_fullest_rank(
+    gang: tuple[TrialRequest, tuple[RankMeasurement, ...]],
+) -> None:
+    request, ranks = gang
+    accumulation = request.workload.gradient_accumulation_steps(request.config)
+    measured = compose(ranks, request, find_gpu("H100-80GB"))
+    for rank in ranks:
+        alone = statistics.median(rank.update_step_seconds)
+        if accumulation > 1:
+            alone += (accumulation - 1) * statistics.median(rank.micro_step_seconds)
+        assert measured.step_time_seconds >= alone
+        assert measured.peak_memory_allocated_bytes >= rank.peak_memory_allocated_bytes
+        assert measured.peak_memory_reserved_bytes >= rank.peak_memory_reserved_bytes
+        assert measured.peak_device_used_bytes >= rank.peak_device_used_bytes
+        assert measured.phase_seconds["start"] >= rank.phase_seconds["start"]
+    tokens = measured.tokens_per_second_per_gpu * measured.step_time_seconds * request.config.gpus
+    assert tokens == pytest.approx(request.workload.tokens_per_step(request.config))
+    assert measured.model_flops_utilization == pytest.approx(
+        request.model.flops_per_token(128) * measured.tokens_per_second_per_gpu / 989.4e12
+    )
+    assert outcome_from_dict(measured.to_dict()) == measured
+
+
+@given(gangs())
+def test_a_cpu_has_no_utilization(gang: tuple[TrialRequest, tuple[RankMeasurement, ...]]) -> None:
+    request, ranks = gang
+    assert compose(ranks, request, find_gpu("cpu")).model_flops_utilization is None
+
+
+def test_slowest_takes_what_some_ranks_lack() -> None:
+    assert slowest([{"start": 1.0}, {"start": 0.5, "build": 2.0}]) == {"start": 1.0, "build": 2.0}
+    assert slowest([]) == {}
