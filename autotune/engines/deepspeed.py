@@ -6,6 +6,7 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -23,11 +24,20 @@ from autotune.spec.request import TrialRequest
 
 
 class DeepSpeedEngine:
-    """One rank of a trial on DeepSpeed."""
+    """One rank of a trial on DeepSpeed.
+
+    Raises:
+        UsageError: the config asks DeepSpeed for what it cannot do, see `to_deepspeed`.
+        RuntimeError: this process has told DeepSpeed of another kind of device.
+    """
 
     def __init__(self, request: TrialRequest, device: torch.device) -> None:
         config, workload = request.config, request.workload
         document = to_deepspeed(config, workload)
+        # DeepSpeed decides once per process, on its first import, by DS_ACCELERATOR or by what it finds.
+        chosen = get_accelerator().device_name()
+        if chosen != device.type:
+            raise RuntimeError(f"DeepSpeed runs on {chosen} in this process, not on {device.type}; set DS_ACCELERATOR")
         if device.type == "cpu":
             _adapt_to_cpu(document)
         # DeepSpeed takes its device from here, whatever the tensors say.

@@ -8,7 +8,7 @@ and accelerate do (read in transformers 5.23 and accelerate 1.15), and what foll
 - Micro-steps that only accumulate do not synchronise (`Accelerator.no_sync`): DDP's `no_sync`, FSDP2's
   `set_requires_gradient_sync(False)`. Under FSDP2 a rank so holds the gradients of the *whole* model, in the compute
   dtype, between the micro-steps. That is what the Trainer needs too, unless its `sync_each_batch` is set.
-- DDP searches for unused parameters unless activations are checkpointed (`Trainer.create_accelerator...`).
+- DDP searches for unused parameters unless activations are checkpointed (`Trainer._build_accelerator_args`).
 - One process is no DDP.
 - AdamW is torch's fused one, with weight decay on matrices only. Clipping is `clip_grad_norm_`, whose norm is global:
   DTensor gradients reduce over the mesh.
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from autotune.errors import UsageError
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
@@ -39,13 +40,16 @@ class PyTorchEngine:
     """One rank of a trial on DDP (stage 0) or FSDP2 (stage 2: kept gathered after forward; 3: resharded).
 
     Raises:
-        ValueError: the config asks for what this engine does not have, stage 1 or offload.
+        UsageError: the config asks for what this engine does not have, stage 1 or offload.
     """
 
     def __init__(self, request: TrialRequest, device: torch.device) -> None:
         config, workload = request.config, request.workload
         if config.zero_stage not in (0, 2, 3) or config.offload != "none":
-            raise ValueError(f"engine pytorch has no zero_stage {config.zero_stage} with offload {config.offload}")
+            raise UsageError(
+                f"engine pytorch has zero_stage 0, 2 and 3 without offload,"
+                f" not zero_stage {config.zero_stage} with offload {config.offload}"
+            )
         self._accumulation = workload.gradient_accumulation_steps(config)
         # 0 means no clipping, to the Trainer and to DeepSpeed; to `clip_grad_norm_` it would mean no gradients.
         self._max_norm = workload.max_gradient_norm or float("inf")
@@ -82,7 +86,7 @@ class PyTorchEngine:
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
         """See `Engine.backward`."""
         with self._synchronised(boundary):
-            self._scaler.scale(loss / self._accumulation).backward()
+            self._scaler.scale(loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
         """See `Engine.update`. With fp16, a step whose gradients overflow changes only the loss scale."""

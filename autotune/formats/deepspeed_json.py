@@ -6,8 +6,10 @@ a world size that does not exist where a file is checked.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from pydantic import ValidationError
 
 from autotune.errors import UsageError
 from autotune.spec.config import Scalar, TrialConfig
@@ -33,7 +35,7 @@ OWNED_KEYS = {
     "optimizer.type": "Autotune measures with AdamW",
     "optimizer.params.lr": "set workload.learning_rate",
     "optimizer.params.weight_decay": "set workload.weight_decay",
-    "activation_checkpointing": "transformers never calls DeepSpeed's checkpointing; use the axis activation_checkpointing",
+    "activation_checkpointing": "transformers has its own; use the axis activation_checkpointing",
     "tensor_parallel": "use the axis tensor_parallel_size",
     "sequence_parallel_size": "it is an axis of its own",
     "steps_per_print": "Autotune keeps DeepSpeed quiet",
@@ -113,12 +115,10 @@ def check_deepspeed(document: dict[str, Any]) -> None:
     Raises:
         UsageError: DeepSpeed refuses the document or does not know a key.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # loading a config must not touch a GPU
-    from deepspeed.runtime.config import DeepSpeedConfig
-
+    load = _deepspeed_config_class()
     recording = _Recording(document)
     try:
-        DeepSpeedConfig(recording)
+        load(recording)
     except Exception as error:  # DeepSpeed raises asserts, ValueErrors, pydantic's and its own
         raise UsageError(f"DeepSpeed refuses the config: {_one_line(error)}") from error
     for key in recording.unread():
@@ -138,6 +138,22 @@ def deepspeed_key_error(key: str, value: Scalar) -> str | None:
     return None
 
 
+def _deepspeed_config_class() -> Callable[[dict[str, Any]], object]:
+    """DeepSpeed's own loader, imported without touching a GPU.
+
+    Importing DeepSpeed looks for an accelerator, and would initialise CUDA in a process that must not. The variable
+    that prevents it is taken back at once: Ray's workers inherit the environment, and they do want the GPU.
+    """
+    given = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = given or "cpu"
+    try:
+        from deepspeed.runtime.config import DeepSpeedConfig
+    finally:
+        if given is None:
+            del os.environ["DS_ACCELERATOR"]
+    return DeepSpeedConfig  # type: ignore[no-any-return]
+
+
 def _not_free(key: str) -> str | None:
     for owned, remedy in OWNED_KEYS.items():
         if key == owned or key.startswith(f"{owned}.") or owned.startswith(f"{key}."):
@@ -148,6 +164,8 @@ def _not_free(key: str) -> str | None:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
     return " ".join(str(error).split())
 
 
@@ -173,9 +191,13 @@ class _Recording(dict[str, Any]):
         return super().get(key, default)
 
     def unread(self) -> Iterator[str]:
-        """Dotted keys that nobody asked for. A section of which no key was is a pydantic model's, which checks itself."""
+        """Dotted keys that nobody asked for.
+
+        A section of which no key was asked went into a pydantic model whole, which has refused what it does not know.
+        So did `zero_optimization`, although DeepSpeed looks at a few of its keys before.
+        """
         for key, value in self.items():
             if key not in self._read:
                 yield key
-            elif isinstance(value, _Recording) and value._read:
+            elif isinstance(value, _Recording) and value._read and key != "zero_optimization":
                 yield from (f"{key}.{inner}" for inner in value.unread())

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from autotune.errors import UsageError
 from autotune.spec.config import Attention, TrialConfig
 from autotune.spec.model import ModelSpec
 
@@ -57,6 +58,9 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: TrialConfig) 
 
     Goes through transformers' own switch, as the Hugging Face Trainer does. Non-reentrant: the reentrant kind needs
     inputs that require gradients and hides its saved tensors from hooks.
+
+    Raises:
+        UsageError: `selective` without `selective_every`.
     """
     if config.activation_checkpointing == "none":
         return
@@ -67,7 +71,7 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: TrialConfig) 
     if config.activation_checkpointing == "selective":
         every = config.selective_every
         if not every:
-            raise ValueError("activation_checkpointing selective needs selective_every, the n of every n-th layer")
+            raise UsageError("activation_checkpointing selective needs selective_every, the n of every n-th layer")
         for index, layer in enumerate(checkpointed_layers(model)):
             layer.gradient_checkpointing = index % every == 0
 
@@ -117,13 +121,16 @@ def materialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     model._apply(allocate)
     model.tie_weights()  # `_apply` gave each user of a shared parameter its own
     std = initializer_range(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            full = initial_weight(name, parameter.shape, device, std, seed)
-            if isinstance(parameter, DTensor):
-                # Every rank has made the same full value, so each cuts its own shard and no one sends anything.
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(full)
+    for name, parameter in model.named_parameters():
+        _fill(parameter, initial_weight(name, parameter.shape, device, std, seed))
+
+
+@torch.no_grad()
+def _fill(parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        # Every rank has made the same full value, so each cuts its own shard and no one sends anything.
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(full)
 
 
 def initial_weight(name: str, shape: Iterable[int], device: torch.device, std: float, seed: int) -> torch.Tensor:

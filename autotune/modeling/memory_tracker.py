@@ -1,9 +1,9 @@
 """`MemoryTracker`: the bytes of live tensors, their peak, where it was, and a limit on them.
 
-Counts storages, not tensors: views share one. It sees every tensor that an operator returns while the mode is on, on any
-device, FakeTensors and the local parts of DTensors included, which makes one tracker serve three ends: a memory limit
-that is exact to the byte on CPU, where there is no allocator to ask; the peak of a real CPU trial; and the prediction
-of a step that was only traced.
+Counts storages, not tensors: views share one. It sees every tensor that an operator returns while the mode is on, on
+any device, FakeTensors and the local parts of DTensors included, which makes one tracker serve three ends: a memory
+limit that is exact to the byte on CPU, where there is no allocator to ask; the peak of a real CPU trial; and the
+prediction of a step that was only traced.
 
 What it does not see: temporaries inside one operator, tensors made before it was entered and not touched since (their
 storage counts from the first operator that returns them), memory that no tensor owns (contexts, workspaces, buffers of
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_iter
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while entered. Enter once; threads are followed as PyTorch follows dispatch modes, backward included.
 
     Args:
@@ -27,7 +27,7 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self, limit_bytes: int | None = None, round_to: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit_bytes = limit_bytes
         self.round_to = round_to
         self.live_bytes = 0
@@ -59,12 +59,12 @@ class MemoryTracker(TorchDispatchMode):
                 self._note("resize_", grown)
             return result
 
-        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign]
-        super().__enter__()
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

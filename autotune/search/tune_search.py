@@ -154,7 +154,7 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
                 state=TrialState.COMPLETE,
                 value=value,
                 params=params,
-                distributions=self._distributions,
+                distributions=dict(self._distributions),
                 constraints={MEMORY_CONSTRAINT: violation},
             )
         )

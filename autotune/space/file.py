@@ -212,10 +212,19 @@ def _is_union_label(part: str) -> bool:
     return "[" in part or part in {"ClusterFile", "bool", "int", "float", "str"}
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": SpaceFile,
+    "cluster": ClusterFile,
+    "workload": WorkloadFile,
+    "objective": ObjectiveFile,
+    "search": SearchFile,
+    "baseline": BaselineFile,
+    "budget": BudgetFile,
+    "measure": MeasureFile,
+}
+
+
 def _siblings(names: list[str]) -> list[str]:
-    model: type[BaseModel] | None = SpaceFile
-    for name in names[:-1]:
-        field = model.model_fields.get(name) if model else None
-        inner = [ClusterFile, WorkloadFile, ObjectiveFile, SearchFile, BaselineFile, BudgetFile, MeasureFile]
-        model = next((kind for kind in inner if field is not None and kind.__name__ in str(field.annotation)), None)
-    return list(model.model_fields) if model else []
+    """The keys that are allowed where the last of `names` stands."""
+    section = _SECTIONS.get(".".join(names[:-1]))
+    return list(section.model_fields) if section else []

@@ -139,6 +139,8 @@ class Space:
                 used[axis].add(value)
         dropped = []
         for axis, values in self.axes.items():
+            if axis.partition(".")[0] not in self.file.search.model_fields_set:
+                continue  # our own default, which nobody asked for
             for value in values:
                 if value in used[axis] or (axis == "selective_every" and used[axis] == {NOT_APPLICABLE}):
                     continue

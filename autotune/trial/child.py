@@ -90,13 +90,13 @@ def main(channel: Connection, seat: Seat, request: TrialRequest, engine: str, en
         environment: variables of the trial, for a process that no fork server has given them.
     """
     die_with_the_pool()
-    _write_to(seat.log_path)
-    faulthandler.enable()
-    faulthandler.register(STACKS_SIGNAL)
-    os.environ.update(environment | _seat_environment(seat, request))
     reporter = Reporter(channel.send, seat.started)
     reporter.enter_phase(Phase.START)
     try:
+        _write_to(seat.log_path)
+        faulthandler.enable()
+        faulthandler.register(STACKS_SIGNAL)
+        os.environ.update(environment | _seat_environment(seat, request))
         from autotune.trial.worker import leave_group, run_rank
 
         channel.send(run_rank(seat, request, engine, reporter))

@@ -58,14 +58,16 @@ def classify(error: BaseException, *, rank: int, phase: Phase, device: DeviceTyp
     """The verdict on an exception that ended a rank.
 
     A refused allocation anywhere in the chain of causes is the verdict: libraries wrap it, and clean-up code that runs
-    while memory is short fails in other ways.
+    while memory is short fails in other ways. In phase `start` the config has not been looked at yet, so what fails
+    there through no fault of our code is `worker_lost`.
     """
     for cause in _chain(error):
         kind = _memory_kind(cause, device)
         if kind is not None:
             return RankFailure(
                 rank=rank,
-                kind=kind,
+                # Full before the model is built: somebody else has the memory.
+                kind=FailureKind.WORKER_LOST if phase is Phase.START else kind,
                 phase=phase,
                 message=describe(cause),
                 requested_bytes=requested_bytes(str(cause)),
@@ -115,13 +117,14 @@ def _memory_kind(error: BaseException, device: DeviceType) -> FailureKind | None
 
 
 def _other_kind(error: BaseException, phase: Phase) -> FailureKind:
+    import torch
     import torch.distributed as dist
 
     if isinstance(error, NonFiniteLossError):
         return FailureKind.NON_FINITE_LOSS
     text = str(error)
-    if phase is Phase.START and isinstance(error, dist.DistError):
-        return FailureKind.WORKER_LOST  # the ranks did not find each other: no config has been tried yet
+    if phase is Phase.START and isinstance(error, (dist.DistError, torch.AcceleratorError, OSError)):
+        return FailureKind.WORKER_LOST  # the machine or the network: no config has been tried yet
     if is_collective_timeout(text):
         return FailureKind.HANG
     if phase is Phase.BUILD and (isinstance(error, _REFUSALS) or _is_deepspeed_config_error(error)):

@@ -36,6 +36,7 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
     """
     device = _device(seat, request)
     memory = device_memory(device, request.memory_limit_bytes)
+    build = _resolve(engine)
     _join_group(request, device)
 
     def enter_phase(phase: Phase) -> None:
@@ -45,7 +46,7 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
     with memory:
         memory.enter_phase(Phase.BUILD)
         reporter.enter_stage("build", Phase.BUILD)
-        built = _resolve(engine)(request, device)
+        built = build(request, device)
         warmup, measured = _measure(built, seat, request, device, memory, reporter, enter_phase)
         peaks = memory.peaks()
     return RankMeasurement(

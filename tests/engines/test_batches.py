@@ -29,9 +29,7 @@ def global_batch(gpus: int, micro_batch_size: int, step: int) -> list[tuple[int,
     return rows
 
 
-@given(
-    gpus=st.sampled_from([1, 2, 4]), micro_batch_size=st.sampled_from([1, 2, 4]), step=st.integers(0, 3)
-)
+@given(gpus=st.sampled_from([1, 2, 4]), micro_batch_size=st.sampled_from([1, 2, 4]), step=st.integers(0, 3))
 def test_every_split_is_the_same_global_batch_in_order(gpus: int, micro_batch_size: int, step: int) -> None:
     whole = [tuple(sequence(7, step, index, 8, VOCAB).tolist()) for index in range(16)]
     assert global_batch(gpus, micro_batch_size, step) == whole
@@ -50,7 +48,7 @@ def test_tokens_are_uniform_over_the_vocabulary() -> None:
 
 def test_tokens_never_change() -> None:
     """A stored measurement is compared with one of next year."""
-    assert sequence(1, 0, 0, 6, 1000).tolist() == [0, 0, 0, 0, 0, 0]
+    assert sequence(1, 0, 0, 6, 1000).tolist() == [420, 66, 173, 79, 7, 5]
 
 
 def test_a_micro_step_outside_the_optimizer_step_is_refused() -> None:

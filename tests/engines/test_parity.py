@@ -1,12 +1,14 @@
 """Every engine trains like a plain loop: equal losses and equal global gradient norms, step after step.
 
-The reference is written out by hand below and shares nothing with the engines but the model's weights and the batch. The
-engines run on two gloo ranks, processes that serve all cases: starting them costs more than most cases.
+The reference is written out by hand below and shares nothing with the engines but the model's weights and the batch.
+The engines run on two gloo ranks, processes that serve all cases: starting them costs more than most cases.
 """
 
+import dataclasses
 import datetime
 import functools
 import gc
+import math
 import os
 import re
 import tempfile
@@ -26,6 +28,7 @@ from torch.nn import functional
 from autotune.engines.batches import micro_batch, sequence
 from autotune.engines.engine import Engine, build_engine
 from autotune.engines.pytorch import PyTorchEngine
+from autotune.errors import UsageError
 from autotune.modeling.build import build_model, materialize
 from autotune.modeling.memory_tracker import MemoryTracker
 from autotune.spec.config import TrialConfig
@@ -110,9 +113,9 @@ def plain_training(*, tied: bool) -> Trace:
         )
         logits = model(input_ids=ids).logits
         loss = functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.sqrt(sum((gradient**2).sum() for gradient in gradients))  # type: ignore[arg-type]
+        norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
         for gradient in gradients:
             gradient.mul_(min(1.0, WORKLOAD.max_gradient_norm / norm.item()))
         optimizer.step()
@@ -148,15 +151,16 @@ def optimizer_steps(rank: int, trial: TrialRequest, engine: Engine) -> Trace:
 
 
 def run_out_of_memory(rank: int, trial: TrialRequest) -> tuple[str, int, int]:
-    """Build without a limit, then train with one that leaves next to nothing for activations.
+    """Build without a limit, then train with one that leaves nothing for activations.
+
+    Nothing, so that both ranks fail at the same operator: else one would wait for the other in a collective.
 
     Returns:
         The message of the error, and the live bytes before and after the failed step.
     """
     with MemoryTracker() as tracker:
         engine = build_engine(trial, CPU)
-        before = tracker.live_bytes
-        tracker.limit_bytes = before + 20_000
+        before = tracker.limit_bytes = tracker.live_bytes
         with pytest.raises(torch.OutOfMemoryError) as caught:
             optimizer_steps(rank, trial, engine)
         message = str(caught.value)
@@ -268,9 +272,7 @@ def test_fp32(
 
 
 @pytest.mark.parametrize(("engine", "stage"), [("deepspeed", 2), ("deepspeed", 3), ("pytorch", 0), ("pytorch", 3)])
-def test_selective_checkpointing_and_long_accumulation(
-    ranks: Ranks, reference: Trace, engine: str, stage: int
-) -> None:
+def test_selective_checkpointing_and_long_accumulation(ranks: Ranks, reference: Trace, engine: str, stage: int) -> None:
     trial = request(
         engine, stage, activation_checkpointing="selective", selective_every=3, micro_batch_size=1, attention="eager"
     )
@@ -345,6 +347,39 @@ def test_a_wrong_engine_is_found(
     trace = ranks.run(train, request("pytorch", 0), wrong)[0]
     with pytest.raises(AssertionError):
         assert_equal(trace, reference)
+
+
+# ---- one rank
+
+
+def test_fp16_skips_a_step_that_overflows() -> None:
+    trial = request("pytorch", 0, gpus=1, precision="fp16", micro_batch_size=8)
+    engine = PyTorchEngine(trial, CPU)
+    engine._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    weights = [parameter.detach().clone() for parameter in engine._parameters]
+    ids = micro_batch(trial.config, WORKLOAD, VOCAB, step=0, micro_step=0, rank=0)
+    engine.backward(engine.forward(ids, boundary=True), boundary=True)
+    engine.update()
+    assert not math.isfinite(engine.gradient_norm())
+    assert engine._scaler.get_scale() == 2.0**99
+    assert all(torch.equal(*pair) for pair in zip(weights, engine._parameters, strict=True))
+
+
+def test_no_clipping() -> None:
+    trial = request("pytorch", 0, gpus=1, micro_batch_size=8)
+    engine = PyTorchEngine(dataclasses.replace(trial, workload=dataclasses.replace(WORKLOAD, max_gradient_norm=0)), CPU)
+    ids = micro_batch(trial.config, WORKLOAD, VOCAB, step=0, micro_step=0, rank=0)
+    before = engine._parameters[0].detach().clone()
+    engine.backward(engine.forward(ids, boundary=True), boundary=True)
+    engine.update()
+    assert engine.gradient_norm() > 1
+    assert not torch.equal(before, engine._parameters[0])
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(1, "none"), (3, "optimizer")])
+def test_pytorch_refuses_what_it_has_not(stage: int, offload: str) -> None:
+    with pytest.raises(UsageError, match=f"not zero_stage {stage} with offload {offload}"):
+        PyTorchEngine(request("pytorch", stage, offload=offload), CPU)
 
 
 # ---- memory

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotune.errors import UsageError
-from autotune.formats.deepspeed_json import OWNED_KEYS, TRAINING_KEYS, check_deepspeed, deepspeed_key_error, to_deepspeed
+from autotune.formats.deepspeed_json import (
+    OWNED_KEYS,
+    TRAINING_KEYS,
+    check_deepspeed,
+    deepspeed_key_error,
+    to_deepspeed,
+)
 from autotune.spec.config import Offload, TrialConfig
 from autotune.spec.workload import Workload
 
@@ -19,7 +25,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def offloads(stage: int) -> list[Offload]:
-    return ["none"] if stage == 0 else ["none", "optimizer"] if stage < 3 else ["none", "optimizer", "optimizer+parameters"]
+    return (
+        ["none"]
+        if stage == 0
+        else ["none", "optimizer"]
+        if stage < 3
+        else ["none", "optimizer", "optimizer+parameters"]
+    )
 
 
 @st.composite
@@ -36,7 +48,9 @@ def configs(draw: st.DrawFn) -> TrialConfig:
         deepspeed=tuple(
             draw(
                 st.dictionaries(
-                    st.sampled_from(["zero_optimization.reduce_bucket_size", "zero_optimization.allgather_bucket_size"]),
+                    st.sampled_from(
+                        ["zero_optimization.reduce_bucket_size", "zero_optimization.allgather_bucket_size"]
+                    ),
                     st.sampled_from([100_000, 5e7]),
                 )
             ).items()

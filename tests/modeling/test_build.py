@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from autotune.errors import UsageError
 from autotune.modeling.build import (
     apply_activation_checkpointing,
     build_model,
@@ -133,5 +134,5 @@ def test_activation_checkpointing_marks_the_layers(fields: dict[str, Any], expec
 
 
 def test_selective_without_its_n_is_refused() -> None:
-    with pytest.raises(ValueError, match="selective_every"):
+    with pytest.raises(UsageError, match="selective_every"):
         apply_activation_checkpointing(build_model(spec(), "sdpa"), config(activation_checkpointing="selective"))

@@ -1,6 +1,7 @@
 """The tracker against torch's own profiler, byte for byte where it matters, and its limit."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def optimizer_step(engine: PyTorchEngine, request: TrialRequest) -> None:
 
 def peak_by_profiler(profile: torch.profiler.profile, live_before: int) -> int:
     """Highest running sum of the CPU allocator's events, in bytes."""
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+    events = [event for event in results.events() if event.name() == "[memory]"]
     live = peak = live_before
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
@@ -169,7 +171,9 @@ def test_counts_fake_tensors() -> None:
 def test_limit_refuses_and_stays_right() -> None:
     with MemoryTracker(limit_bytes=1000) as tracker:
         kept = torch.zeros(200)
-        with pytest.raises(torch.OutOfMemoryError, match="tried to allocate 204 bytes on top of 800 live bytes") as caught:
+        with pytest.raises(
+            torch.OutOfMemoryError, match="tried to allocate 204 bytes on top of 800 live bytes"
+        ) as caught:
             torch.zeros(51)
         del caught
         assert (tracker.live_bytes, tracker.peak_bytes) == (800, 800)
@@ -179,7 +183,9 @@ def test_limit_refuses_and_stays_right() -> None:
 
 
 def test_limit_at_the_peak_passes_and_one_byte_below_does_not() -> None:
-    request = request_of(TrialConfig(engine="pytorch", gpus=1, micro_batch_size=1, sequence_length=32, precision="fp32"))
+    request = request_of(
+        TrialConfig(engine="pytorch", gpus=1, micro_batch_size=1, sequence_length=32, precision="fp32")
+    )
     with MemoryTracker() as tracker:
         engine = PyTorchEngine(request, torch.device("cpu"))
         optimizer_step(engine, request)

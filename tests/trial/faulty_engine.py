@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,15 @@ class FaultyEngine:
         match self._fault:
             case "oom":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB.")
+            case "slow-oom":  # the peer sees the connections close before this rank has said why
+                dist.destroy_process_group()
+                time.sleep(0.15)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB.")
+            case "build":  # killed while it compiles an extension
+                lock = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam" / "lock"
+                lock.parent.mkdir()
+                lock.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
             case "grandchild":
                 subprocess.Popen(["sleep", "1000"])
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB.")

@@ -78,11 +78,21 @@ def test_deepspeed_refuses_with_a_type_of_its_own() -> None:
     assert kind(config.DeepSpeedConfigError("no"), Phase.BUILD) is FailureKind.INVALID_CONFIG
 
 
+def test_before_the_model_is_built_the_config_is_not_to_blame() -> None:
+    for error in (
+        torch.OutOfMemoryError(CUDA_MESSAGE),
+        torch.AcceleratorError("CUDA error: initialization error"),
+        OSError(28, "No space left on device"),
+        dist.DistStoreError("timed out"),
+    ):
+        assert kind(error, Phase.START) is FailureKind.WORKER_LOST
+    assert kind(AttributeError("a bug"), Phase.START) is FailureKind.CRASH
+
+
 def test_other_kinds() -> None:
     assert kind(NonFiniteLossError("nan")) is FailureKind.NON_FINITE_LOSS
     assert kind(RuntimeError(PEER_LATE)) is FailureKind.HANG
     assert kind(RuntimeError(PEER_GONE)) is FailureKind.CRASH
-    assert kind(dist.DistNetworkError("address already in use"), Phase.START) is FailureKind.WORKER_LOST
     assert kind(RuntimeError("CUDA error: an illegal memory access was encountered")) is FailureKind.CRASH
 
 

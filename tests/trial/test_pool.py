@@ -23,6 +23,8 @@ from autotune.trial import child
 from autotune.trial.failure import is_collateral
 from autotune.trial.pool import GangResult, NodePool, trial_environment
 
+FAULTY = "tests.trial.faulty_engine:build_engine"
+ROOT = str(Path(__file__).parents[2])
 SMALL_BUCKETS = tuple(
     (f"zero_optimization.{key}", 1_000_000)
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
@@ -67,7 +69,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, NodePo
         logs = str(tmp_path_factory.mktemp("logs"))
         pools = {
             "real": NodePool(device="cpu", log_dir=logs),
-            "faulty": NodePool(device="cpu", log_dir=logs, engine="faulty_engine:build_engine"),
+            "faulty": NodePool(device="cpu", log_dir=logs, engine=FAULTY),
         }
         for pool in pools.values():
             assert pool.ready()["start_method"] == "forkserver"
@@ -153,6 +155,7 @@ def test_out_of_memory_ends_all_ranks_at_once_and_the_next_trial_runs(faulty: No
     [
         ("build-oom@0", FailureKind.OUT_OF_MEMORY, "2.00 GiB"),
         ("allocate@1", FailureKind.OUT_OF_MEMORY, "Memory limit reached"),
+        ("slow-oom@1", FailureKind.OUT_OF_MEMORY, "512.00 MiB"),
         ("refuse@1", FailureKind.INVALID_CONFIG, "not supported"),
         ("nan@0", FailureKind.NON_FINITE_LOSS, "nan"),
         ("bug@1", FailureKind.CRASH, "no such layer"),
@@ -282,45 +285,49 @@ def test_a_fork_server_with_initialised_cuda_is_found_out(monkeypatch: pytest.Mo
     assert "CUDA" in child._what_is_wrong()
 
 
+# Without the usual guard: children that ran it again would show in its output, or start children in turn.
 SPAWN_FALLBACK = """
 import sys
-sys.path[:0] = [{here!r}]
+print("main runs")
 import autotune.trial.pool as pool_module
 pool_module.PRELOAD = "broken_preload"
-from test_pool import a_request, run
-pool = pool_module.NodePool(device="cpu", log_dir={logs!r}, engine="faulty_engine:build_engine")
+from tests.trial.test_pool import FAULTY, a_request, run
+pool = pool_module.NodePool(device="cpu", log_dir={logs!r}, engine=FAULTY)
 print(pool.ready())
-print(run(pool, a_request("oom@1")).failure.kind)
+print(run(pool, a_request("build@1")).failure.kind, pool._build_cache.folder)
 pool.shutdown()
 """
 
 
-def test_without_a_fork_server_ranks_are_spawned(tmp_path: Path) -> None:
+def test_without_a_fork_server_ranks_are_spawned_and_the_lock_of_a_killed_build_is_removed(tmp_path: Path) -> None:
     (tmp_path / "broken_preload.py").write_text("raise RuntimeError('no fork server today')")
-    script = SPAWN_FALLBACK.format(here=str(Path(__file__).parent), logs=str(tmp_path))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path.cwd())])}
+    script = SPAWN_FALLBACK.format(logs=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), ROOT])}
     environment |= {"XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    ready, outcome = done.stdout.splitlines()
+    main = tmp_path / "main.py"
+    main.write_text(script)
+    done = subprocess.run([sys.executable, main], env=environment, capture_output=True, text=True)
+    _, ready, outcome = done.stdout.splitlines()
     assert "'start_method': 'spawn'" in ready
     assert "fork server does not work" in ready
-    assert outcome == "out_of_memory"
+    kind, build_folder = outcome.split()
+    assert kind == "crash"
+    assert [path.name for path in Path(build_folder).iterdir() if path.is_dir()] == ["cpu_adam"]
+    assert not list(Path(build_folder).glob("**/lock"))
 
 
 KILLED_POOL = """
-import sys
-sys.path[:0] = [{here!r}]
 from autotune.trial.pool import NodePool
-from test_pool import a_request, run
-pool = NodePool(device="cpu", log_dir={logs!r}, engine="faulty_engine:build_engine")
+from tests.trial.test_pool import FAULTY, a_request, run
+pool = NodePool(device="cpu", log_dir={logs!r}, engine=FAULTY)
 print(pool.ready(), flush=True)
 run(pool, a_request("sleep@0"))
 """
 
 
 def test_ranks_do_not_outlive_the_pool(tmp_path: Path) -> None:
-    script = KILLED_POOL.format(here=str(Path(__file__).parent), logs=str(tmp_path))
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "XDG_CACHE_HOME": str(tmp_path)}
+    script = KILLED_POOL.format(logs=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": ROOT, "XDG_CACHE_HOME": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as pool:
         assert pool.stdout is not None
         assert "forkserver" in pool.stdout.readline()

@@ -1,0 +1,174 @@
+"""The loop: what is run next, what is run again, when it ends, what is best. On a real SQLite store."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotune.errors import StoreError
+from autotune.spec.config import TrialConfig
+from autotune.spec.outcome import FailureKind, Outcome
+from autotune.spec.record import AttemptState
+from autotune.store.store import SqlStore, open_store
+from autotune.study import Attempt, Study
+from tests.samples import MIB, failure, measurement, sample_space, simulate
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqlStore]:
+    with open_store(f"sqlite:///{tmp_path}/a.db", create=True) as opened:
+        yield opened
+
+
+def in_order(study: Study) -> Callable[[], TrialConfig | None]:
+    """The plainest sampler: the first candidate that was not run."""
+    return lambda: next((config for config in study.space.candidates if not study.known(config)), None)
+
+
+def drive(study: Study, outcome: Callable[[TrialConfig], Outcome] = simulate, limit: int = 1000) -> list[Attempt]:
+    """The plainest runner: one attempt after the other."""
+    attempts: list[Attempt] = []
+    while len(attempts) < limit and (attempt := study.next_attempt(in_order(study))) is not None:
+        attempts.append(attempt)
+        study.record(attempt, outcome(attempt.config))
+    return attempts
+
+
+def test_the_baseline_runs_first_and_the_budget_ends_the_study(tmp_path: Path, store: SqlStore) -> None:
+    study = Study.open(sample_space(tmp_path), store)
+    attempts = drive(study)
+    assert attempts[0].config == study.space.baseline
+    assert attempts[0].source == "baseline"
+    assert [attempt.trial for attempt in attempts] == [1, 2, 3, 4, 5, 6]
+    assert study.stop_reason == "6 trials"
+    assert study.counts.finished == 6
+    assert study.baseline_outcome == simulate(attempts[0].config)
+
+
+def test_a_reopened_study_goes_on_and_runs_nothing_twice(tmp_path: Path, store: SqlStore) -> None:
+    space = sample_space(tmp_path)
+    first = drive(Study.open(space, store), limit=4)
+    study = Study.open(space, store)
+    assert study.counts.finished == 4
+    second = drive(study)
+    assert len({attempt.config for attempt in first + second}) == len(first + second) == 6
+
+
+def test_the_smallest_space_ends_when_every_candidate_ran(tmp_path: Path, store: SqlStore) -> None:
+    search = {"engine": "pytorch", "zero_stage": 0, "activation_checkpointing": "none", "micro_batch_size": [1, 2]}
+    study = Study.open(sample_space(tmp_path, baseline=..., search=search), store)
+    assert len(drive(study)) == 2
+    assert study.stop_reason is None
+    assert study.next_attempt(in_order(study)) is None
+
+
+def test_an_attempt_cut_off_by_a_dead_driver_is_interrupted_and_runs_again_first(tmp_path: Path, store: SqlStore) -> None:
+    space = sample_space(tmp_path)
+    dead = Study.open(space, store)
+    drive(dead, limit=2)
+    cut = dead.next_attempt(in_order(dead))
+    assert cut is not None
+    study = Study.open(space, store)
+    assert study.counts.interrupted == 1
+    again = study.next_attempt(in_order(study))
+    assert again is not None
+    assert (again.trial, again.config) == (cut.trial, cut.config)
+    study.record(again, simulate(again.config))
+    states = [attempt.state for attempt in store.trials("sample")[cut.trial - 1].attempts]
+    assert states[0] is AttemptState.INTERRUPTED
+    assert states[1] in (AttemptState.COMPLETE, AttemptState.FAILED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attempts"),
+    [
+        (FailureKind.OUT_OF_MEMORY, 1),
+        (FailureKind.HOST_OUT_OF_MEMORY, 1),
+        (FailureKind.INVALID_CONFIG, 1),
+        (FailureKind.TIMEOUT, 1),
+        (FailureKind.CRASH, 2),
+        (FailureKind.HANG, 2),
+        (FailureKind.NON_FINITE_LOSS, 2),
+        (FailureKind.WORKER_LOST, 4),
+        (FailureKind.NODE_LOST, 4),
+    ],
+)
+def test_how_often_a_failure_is_tried(tmp_path: Path, store: SqlStore, kind: FailureKind, attempts: int) -> None:
+    study = Study.open(sample_space(tmp_path, budget={"trials": 1}), store)
+    assert len(drive(study, lambda _: failure(kind))) == attempts
+    counts = study.counts
+    assert (counts.out_of_memory, counts.failed) == ((1, 0) if kind.is_memory else (0, 1))
+
+
+def test_a_crash_that_does_not_happen_again_is_forgiven(tmp_path: Path, store: SqlStore) -> None:
+    outcomes = iter([failure(FailureKind.CRASH), measurement(500.0)])
+    study = Study.open(sample_space(tmp_path, budget={"trials": 1}), store)
+    drive(study, lambda _: next(outcomes))
+    assert study.counts.complete == 1
+    assert study.counts.failed == 0
+
+
+def test_retries_are_no_trials_of_the_budget(tmp_path: Path, store: SqlStore) -> None:
+    outcomes: Iterator[Any] = iter([failure(FailureKind.WORKER_LOST)] * 3)
+    study = Study.open(sample_space(tmp_path), store)
+    attempts = drive(study, lambda config: next(outcomes, None) or simulate(config))
+    assert len(attempts) == 9
+    assert study.counts.finished == 6
+
+
+def test_the_best_is_the_fastest_that_left_headroom(tmp_path: Path, store: SqlStore) -> None:
+    outcomes = iter(
+        [
+            measurement(100.0, used_bytes=30 * MIB),
+            measurement(900.0, used_bytes=59 * MIB),  # within 6 % of the limit
+            measurement(800.0, used_bytes=30 * MIB, retries=1),
+            measurement(300.0, used_bytes=56 * MIB),
+            measurement(200.0, used_bytes=10 * MIB),
+            failure(),
+        ]
+    )
+    study = Study.open(sample_space(tmp_path), store)
+    drive(study, lambda _: next(outcomes))
+    best = study.best()
+    assert best is not None
+    assert (best.trial, best.measurement.tokens_per_second_per_gpu) == (4, 300.0)
+    of_engine = study.best(engine="pytorch")
+    assert of_engine is None or of_engine.config.engine == "pytorch"
+
+
+def test_gpu_hours_end_the_study(tmp_path: Path, store: SqlStore) -> None:
+    space = sample_space(tmp_path, budget={"trials": 50, "gpu_hours": 3 * 2 * 2 / 3600})
+    study = Study.open(space, store)
+    attempts = drive(study, lambda _: measurement())  # 2 s on 2 workers each
+    assert len(attempts) == 3
+    assert study.gpu_seconds == 12
+    assert "GPU-hours" in str(study.stop_reason)
+    assert drive(Study.open(space, store)) == []
+
+
+def test_an_edited_budget_goes_on_and_changed_work_is_refused(tmp_path: Path, store: SqlStore) -> None:
+    drive(Study.open(sample_space(tmp_path), store))
+    grown = Study.open(sample_space(tmp_path, budget={"trials": 8}), store)
+    assert len(drive(grown)) == 2
+    kept = store.study("sample")
+    assert kept is not None
+    assert "trials: 8" in kept.space_yaml
+    with pytest.raises(StoreError, match="another study name"):
+        Study.open(sample_space(tmp_path, workload={"global_batch_size": 32, "sequence_length": 64}), store)
+
+
+def test_observers_hear_of_every_attempt_in_order(tmp_path: Path, store: SqlStore) -> None:
+    heard: list[tuple[str, int]] = []
+
+    class Listener:
+        def started(self, attempt: Attempt) -> None:
+            heard.append(("started", attempt.trial))
+
+        def finished(self, attempt: Attempt, outcome: Outcome) -> None:
+            heard.append(("finished", attempt.trial))
+
+    study = Study.open(sample_space(tmp_path, budget={"trials": 2}), store)
+    study.observers.append(Listener())
+    drive(study)
+    assert heard == [("started", 1), ("finished", 1), ("started", 2), ("finished", 2)]
