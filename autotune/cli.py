@@ -94,7 +94,6 @@ def tune(
     from autotune.space.file import read_space_file
     from autotune.space.space import load_space
 
-    signal.signal(signal.SIGTERM, _interrupt)
     talk = Console(stderr=True)
     file, _ = read_space_file(space_path)
     folder = _output_folder(out or Path("autotune-out") / file.study)
@@ -117,6 +116,8 @@ def tune(
     from autotune.study import Study
 
     with open_store(store, create=True) as database, connected(address, space.cluster if space else None):
+        # Ray replaces the handler when it starts.
+        signal.signal(signal.SIGTERM, _interrupt)
         if space is None:
             space = load_space(space_path, detect())
         require(space.cluster)

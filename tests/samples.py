@@ -43,7 +43,11 @@ def sample_space(folder: Path, **changes: Any) -> Space:
 
 
 def measurement(
-    tokens_per_second_per_gpu: float = 1000.0, *, used_bytes: int = 40 * MIB, device_bytes: int = 60 * MIB, retries: int = 0
+    tokens_per_second_per_gpu: float = 1000.0,
+    *,
+    used_bytes: int = 40 * MIB,
+    device_bytes: int = 60 * MIB,
+    retries: int = 0,
 ) -> Measurement:
     """A plausible measurement of one rank."""
     rank = RankMeasurement(

@@ -63,7 +63,9 @@ def test_the_smallest_space_ends_when_every_candidate_ran(tmp_path: Path, store:
     assert study.next_attempt(in_order(study)) is None
 
 
-def test_an_attempt_cut_off_by_a_dead_driver_is_interrupted_and_runs_again_first(tmp_path: Path, store: SqlStore) -> None:
+def test_an_attempt_cut_off_by_a_dead_driver_is_interrupted_and_runs_again_first(
+    tmp_path: Path, store: SqlStore
+) -> None:
     space = sample_space(tmp_path)
     dead = Study.open(space, store)
     drive(dead, limit=2)

@@ -43,9 +43,7 @@ def run_study(study: Study, sampler: SamplerName, log_dir: Path, seed: int = 0) 
     )
     trainable = tune.with_parameters(TrialTrainable, template=template, cluster=space.cluster, log_dir=str(log_dir))
     cluster = space.cluster
-    trainable = tune.with_resources(
-        trainable, lambda trial: placement(TrialConfig.from_dict(trial["config"]), cluster)
-    )
+    trainable = tune.with_resources(trainable, lambda trial: placement(TrialConfig.from_dict(trial["config"]), cluster))
     with tempfile.TemporaryDirectory(prefix="autotune-tune-") as scratch:
         tuner = tune.Tuner(
             trainable,

@@ -126,10 +126,10 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
 
     def _params(self, config: TrialConfig) -> dict[str, Any] | None:
         """The config in Optuna's terms; None when it lies outside the axes, as a baseline may."""
+        if config not in self._tune_space:
+            return None
         values = self._tune_space.values(config)
-        params = {axis: values[axis] for axis in self._distributions}
-        inside = all(params[axis] in known.choices for axis, known in self._distributions.items())
-        return params if inside else None
+        return {axis: values[axis] for axis in self._distributions}
 
     def _register(self, trial_id: str, config: TrialConfig) -> None:
         """Give Optuna a running trial with the config's own parameters, `n/a` where an axis does not apply."""

@@ -26,7 +26,7 @@ CONDITIONAL = {
     "zero_stage": [0, 1, 2, 3],
     "activation_checkpointing": ["none", "selective"],
     "selective_every": [2, 4],
-    "micro_batch_size": [1, 2, 3, 4],
+    "micro_batch_size": [1, 3],
     "deepspeed": {BUCKET: [1000, 2000]},
 }
 
@@ -76,7 +76,7 @@ def conditional_space(folder: Path, **changes: Any) -> Space:
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-@pytest.mark.parametrize("sampler", list(SamplerName))
+@pytest.mark.parametrize("sampler", [SamplerName.TPE, SamplerName.RANDOM])
 def test_every_candidate_is_run_once_and_none_is_illegal(
     tmp_path: Path, store: SqlStore, sampler: SamplerName, at_once: int
 ) -> None:
@@ -94,16 +94,16 @@ def test_the_budget_holds_with_trials_running(tmp_path: Path, store: SqlStore, s
 
 @pytest.mark.parametrize("sampler", list(SamplerName))
 def test_a_resumed_search_knows_what_the_store_knows(tmp_path: Path, store: SqlStore, sampler: SamplerName) -> None:
-    space = sample_space(tmp_path, budget={"trials": 20})
+    space = sample_space(tmp_path, budget={"trials": 12})
     first = search_of(Study.open(space, store), sampler)
-    before = drive(first, limit=8)
+    before = drive(first, limit=6)
     second = search_of(Study.open(space, store), sampler)
-    assert [(t.params, t.values, t.constraints) for t in finished_trials(second)] == [
-        (t.params, t.values, t.constraints) for t in finished_trials(first)
+    assert [(t.params, t.constraints) for t in finished_trials(second)] == [
+        (t.params, t.constraints) for t in finished_trials(first)
     ]
     after = drive(second)
     assert not set(before) & set(after)
-    assert len(before) + len(after) == 20
+    assert len(before) + len(after) == 12
 
 
 def test_parameters_that_do_not_apply_are_marked(tmp_path: Path, store: SqlStore) -> None:
@@ -185,12 +185,14 @@ def test_interrupting_stores_what_was_running(tmp_path: Path, store: SqlStore) -
 
 
 def test_a_baseline_outside_the_axes_is_run_but_not_taught(tmp_path: Path, store: SqlStore) -> None:
-    space = sample_space(tmp_path, search={"engine": "pytorch", "zero_stage": [0, 3], "micro_batch_size": [1, 2]})
+    space = sample_space(
+        tmp_path, search={"engine": "pytorch", "precision": "bf16", "zero_stage": [0, 3], "micro_batch_size": [1, 2]}
+    )
     search = search_of(Study.open(space, store))
-    configs = drive(search, limit=2)
+    configs = drive(search, limit=3)
     assert configs[0] == space.baseline
     assert configs[0] not in space.candidates
-    assert len(finished_trials(search)) == 1
+    assert len(finished_trials(search)) == len(configs) - 1
 
 
 def test_ray_pickles_nothing_of_it(tmp_path: Path, store: SqlStore) -> None:

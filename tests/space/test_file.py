@@ -45,7 +45,10 @@ def test_yaml_floats_without_a_dot_are_numbers() -> None:
         ({"study": "a b"}, ["study", "'a b'"]),
         ({"memory_headroom": 1.5}, ["memory_headroom", "1.5"]),
         ({"task": "generate"}, ["task", "'generate'", "train"]),
-        ({"cluster": {"gpus_per_node": 2, "gpu": "cpu", "memory_bytes": "much"}}, ["cluster.memory_bytes", "'much'", "MiB"]),
+        (
+            {"cluster": {"gpus_per_node": 2, "gpu": "cpu", "memory_bytes": "much"}},
+            ["cluster.memory_bytes", "'much'", "MiB"],
+        ),
         ({"cluster": "here"}, ["cluster", "'here'"]),
         ({"cluster": {"gpus_per_node": 2}}, ["cluster.gpu", "is missing"]),
     ],
@@ -71,7 +74,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary, huge = tmp_path / "binary.yaml", tmp_path / "huge.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     huge.write_text("#" * (2 * 1024**2))
-    for path, words in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "cannot be read"), (binary, "UTF-8"), (huge, "at most")):
+    for path, words in (
+        (tmp_path / "none.yaml", "No such file"),
+        (tmp_path, "cannot be read"),
+        (binary, "UTF-8"),
+        (huge, "at most"),
+    ):
         with pytest.raises(InvalidSpaceError, match=words):
             read_space_file(path)
 

@@ -43,13 +43,21 @@ def test_candidates_are_legal_distinct_and_survive_the_round_trip(tmp_path: Path
         ({"search": {"gpus": [2, 4]}}, "more than the cluster's 2"),
         ({"search": {"engine": "pytorch", "zero_stage": 3, "offload": ["none", "optimizer"]}}, "deepspeed alone"),
         ({"search": {"engine": "deepspeed", "zero_stage": [0, 1], "offload": ["none", "optimizer"]}}, "needs ZeRO"),
-        ({"search": {"engine": "deepspeed", "zero_stage": [2, 3], "offload": "optimizer+parameters"}}, "needs zero_stage 3"),
-        ({"search": {"activation_checkpointing": ["none", "selective"], "selective_every": [2, 9]}}, "selective_every 9"),
+        (
+            {"search": {"engine": "deepspeed", "zero_stage": [2, 3], "offload": "optimizer+parameters"}},
+            "needs zero_stage 3",
+        ),
+        (
+            {"search": {"activation_checkpointing": ["none", "selective"], "selective_every": [2, 9]}},
+            "selective_every 9",
+        ),
         ({"search": {"engine": "deepspeed", "precision": ["fp16", "fp32"]}}, "needs a GPU"),
         ({"search": {"attention": ["sdpa", "flash_attention_2"]}}, "needs a GPU"),
     ],
 )
-def test_illegal_combinations_are_refused_with_the_reason(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
+def test_illegal_combinations_are_refused_with_the_reason(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
     space = sample_space(tmp_path, baseline=..., **changes)
     assert space.candidates
     assert any(reason in found for found in space.illegal), space.illegal

@@ -1,0 +1,176 @@
+"""The main job for real: one command on this machine, stopped politely, killed, and finished.
+
+One run of the demo space serves all tests of this file: it is terminated after two finished trials, killed with
+SIGKILL after five, and then left to end.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from autotune.formats.deepspeed_json import check_deepspeed
+
+ROOT = Path(__file__).parents[1]
+SPACE = ROOT / "search_spaces" / "tiny-cpu.yaml"
+AUTOTUNE = [sys.executable, "-m", "autotune"]
+CPU_ONLY_KEYS = ("torch_adam", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "use_cpu", "no_cuda")
+
+
+@dataclass
+class Run:
+    """What the whole affair left behind."""
+
+    folder: Path
+    store: str
+    stopped_code: int
+    finished_when_stopped: int
+    finished_when_killed: int
+    orphans: list[str]
+    final: subprocess.CompletedProcess[str]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.final.stdout.splitlines()[-1])
+        return document
+
+
+def autotune(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*AUTOTUNE, *arguments], capture_output=True, text=True, timeout=280, cwd=ROOT, check=False)
+
+
+def tune_arguments(folder: Path) -> list[str]:
+    return ["tune", str(SPACE), "--store", f"sqlite:///{folder}/x/a.db", "--out", f"{folder}/x/out", "--json"]
+
+
+def trials(store: str) -> list[dict[str, Any]]:
+    shown = autotune("show", "tiny-cpu", "--store", store, "--json")
+    listed: list[dict[str, Any]] = json.loads(shown.stdout.splitlines()[-1])["trials"] if shown.returncode == 0 else []
+    return listed
+
+
+def finished(store: str) -> int:
+    return sum(trial["outcome"] is not None for trial in trials(store))
+
+
+def until(folder: Path, store: str, wanted: int) -> subprocess.Popen[bytes]:
+    """Start the study and return when `wanted` trials are finished and another one runs."""
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen([*AUTOTUNE, *tune_arguments(folder)], stdout=log, stderr=log, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while finished(store) < wanted or not any(a["state"] == "running" for t in trials(store) for a in t["attempts"]):
+        assert process.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.2)
+    return process
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("tune")
+    store = f"sqlite:///{folder}/x/a.db"
+    process = until(folder, store, 2)
+    process.send_signal(signal.SIGTERM)
+    stopped_code = process.wait(timeout=60)
+    finished_when_stopped = finished(store)
+
+    process = until(folder, store, 5)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    finished_when_killed = finished(store)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    orphans = [f"{p.pid} {p.name()}" for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    final = autotune(*tune_arguments(folder))
+    return Run(folder, store, stopped_code, finished_when_stopped, finished_when_killed, orphans, final)
+
+
+@pytest.mark.timeout(600)
+def test_the_last_line_is_the_result(run: Run) -> None:
+    assert run.final.returncode == 0, run.final.stderr
+    assert set(run.result) == {"study", "trials", "best", "baseline", "artifacts"}
+    assert run.result["study"] == "tiny-cpu"
+    assert run.result["trials"]["complete"] >= 8
+    assert run.result["trials"]["out_of_memory"] >= 1
+    assert run.result["trials"]["failed"] == 0
+    assert run.result["best"]["measurement"]["tokens_per_second_per_gpu"] > 0
+    assert len(run.result["best"]["measurement"]["ranks"]) == 2
+
+
+def test_stopping_is_no_failure_and_leaves_nothing_running(run: Run) -> None:
+    assert run.stopped_code == 130
+    assert run.finished_when_stopped >= 2
+    assert run.finished_when_killed >= 5
+    assert run.orphans == []
+
+
+def test_no_trial_is_lost_or_repeated(run: Run) -> None:
+    listed = trials(run.store)
+    assert len(listed) == sum(run.result["trials"].values()) == 24
+    ended = Counter(t["fingerprint"] for t in listed for a in t["attempts"] if a["state"] in ("complete", "failed"))
+    assert len(ended) == 24
+    assert set(ended.values()) == {1}
+    cut = [trial for trial in listed if any(attempt["state"] == "interrupted" for attempt in trial["attempts"])]
+    assert len(cut) == 2  # one at SIGTERM, one at SIGKILL
+    for trial in cut:
+        assert trial["attempts"][-1]["state"] in ("complete", "failed")
+        assert trial["outcome"] is not None
+
+
+def test_show_lists_config_outcome_and_timings(run: Run) -> None:
+    for trial in trials(run.store):
+        assert trial["config"]["micro_batch_size"] >= 1
+        assert trial["outcome"]["outcome"] in ("measurement", "failure")
+        assert trial["outcome"]["elapsed_seconds"] > 0
+        assert all(attempt["started_at"] for attempt in trial["attempts"])
+        if trial["outcome"]["outcome"] == "measurement":
+            assert set(trial["outcome"]["phase_seconds"]) == {"start", "build", "warmup", "measure"}
+        else:
+            assert trial["outcome"]["kind"] == "out_of_memory"
+            assert trial["outcome"]["rank"] in (0, 1)
+            assert trial["outcome"]["phase"] in ("build", "forward", "backward", "optimizer")
+            assert trial["outcome"]["requested_bytes"] > 0
+            assert Path(trial["outcome"]["log_path"]).exists()
+
+
+def test_the_best_files_are_what_was_measured(run: Run) -> None:
+    artifacts = run.result["artifacts"]
+    assert set(artifacts) == {"best.yaml", "ds_config.json", "launch.sh", "provenance.json", "README.md"}
+    text = Path(artifacts["ds_config.json"]).read_text()
+    document = json.loads(text)
+    check_deepspeed(document)  # DeepSpeed's own parser
+    assert not any(key in text for key in CPU_ONLY_KEYS)
+    provenance = json.loads(Path(artifacts["provenance.json"]).read_text())
+    source = trials(run.store)[provenance["files"]["ds_config.json"]["trial"] - 1]
+    assert source["config"]["engine"] == "deepspeed"
+    assert source["outcome"]["outcome"] == "measurement"
+    assert document["train_micro_batch_size_per_gpu"] == source["config"]["micro_batch_size"]
+    assert document["zero_optimization"]["stage"] == source["config"]["zero_stage"]
+    assert provenance["files"]["best.yaml"]["trial"] == run.result["best"]["trial"]
+    assert os.access(artifacts["launch.sh"], os.X_OK)
+
+
+def test_the_reading_verbs_agree(run: Run) -> None:
+    best = json.loads(autotune("best", "tiny-cpu", "--store", run.store, "--json").stdout)
+    assert best["best"] == run.result["best"]
+    studies = json.loads(autotune("studies", "--store", run.store, "--json").stdout)["studies"]
+    assert [(study["study"], study["trials"]) for study in studies] == [("tiny-cpu", run.result["trials"])]
+    one = autotune("show", "tiny-cpu", "1", "--store", run.store)
+    assert '"source": "baseline"' in one.stdout
+
+
+def test_a_finished_study_is_not_run_again(run: Run) -> None:
+    again = autotune(*tune_arguments(run.folder))
+    assert again.returncode == 0
+    assert json.loads(again.stdout.splitlines()[-1]) == run.result
+    assert len(trials(run.store)) == 24
