@@ -55,6 +55,9 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
         sys.exit(code or ExitCode.DONE)
+    except typer.TyperException as error:  # its usage errors; `standalone_mode` would print them and exit for us
+        error.show()
+        sys.exit(ExitCode.USAGE)
     except AutotuneError as error:
         Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
         sys.exit(error.exit_code)
