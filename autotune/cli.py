@@ -56,7 +56,7 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
         sys.exit(code or ExitCode.DONE)
     except typer.TyperException as error:  # its usage errors; `standalone_mode` would print them and exit for us
-        error.show()
+        error.show()  # type: ignore[attr-defined] # every usage error of typer has it
         sys.exit(ExitCode.USAGE)
     except AutotuneError as error:
         Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))

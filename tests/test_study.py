@@ -104,7 +104,7 @@ def test_how_often_a_failure_is_tried(tmp_path: Path, store: SqlStore, kind: Fai
 
 
 def test_a_crash_that_does_not_happen_again_is_forgiven(tmp_path: Path, store: SqlStore) -> None:
-    outcomes = iter([failure(FailureKind.CRASH), measurement(500.0)])
+    outcomes: Iterator[Outcome] = iter([failure(FailureKind.CRASH), measurement(500.0)])
     study = Study.open(sample_space(tmp_path, budget={"trials": 1}), store)
     drive(study, lambda _: next(outcomes))
     assert study.counts.complete == 1
@@ -120,7 +120,7 @@ def test_retries_are_no_trials_of_the_budget(tmp_path: Path, store: SqlStore) ->
 
 
 def test_the_best_is_the_fastest_that_left_headroom(tmp_path: Path, store: SqlStore) -> None:
-    outcomes = iter(
+    outcomes: Iterator[Outcome] = iter(
         [
             measurement(100.0, used_bytes=30 * MIB),
             measurement(900.0, used_bytes=59 * MIB),  # within 6 % of the limit

@@ -36,10 +36,13 @@ def headline(space: Space) -> RenderableType:
     workload = f"global batch {space.workload.global_batch_size} x {space.file.workload.sequence_length} tokens"
     lines = [
         Text.assemble(
-            ("autotune ", "bold cyan"), (space.name, "bold"), f"  {model} on {space.cluster.describe()}, {workload}"
+            ("autotune ", "bold cyan"),
+            (space.name, "bold"),
+            f"  {model} on {space.cluster.describe()}, {workload}",
         ),
         Text(
-            f"{len(space.candidates)} candidates, {refused} combinations refused as illegal, budget {', '.join(limits)}",
+            f"{len(space.candidates)} candidates, {refused} combinations refused as illegal, "
+            f"budget {', '.join(limits)}",
             "dim",
         ),
     ]
@@ -157,7 +160,8 @@ class Progress:
     def _footer(self) -> RenderableType:
         counts, total = self._study.counts, min(self._study.space.file.budget.trials, len(self._study.space.candidates))
         best = self._study.best()
-        words = f"{counts.finished}/{total}  {counts.complete} complete, {counts.out_of_memory} out of memory, {counts.failed} failed"
+        words = f"{counts.finished}/{total}  {counts.complete} complete, "
+        words += f"{counts.out_of_memory} out of memory, {counts.failed} failed"
         if best is not None:
             words += f"   best {format_rate(best.measurement.tokens_per_second_per_gpu)} tokens/s/GPU (#{best.trial})"
         if len(self._finished_at) >= 2:
@@ -184,7 +188,8 @@ def result_panel(study: Study, artifacts: dict[str, Path]) -> RenderableType:
         ),
         Text.assemble(
             ("memory  ", "dim"),
-            f"{format_bytes(measured.peak_device_used_bytes)} of {format_bytes(measured.device_memory_bytes)} on the fullest rank",
+            f"{format_bytes(measured.peak_device_used_bytes)} of {format_bytes(measured.device_memory_bytes)}"
+            " on the fullest rank",
         ),
         Text.assemble(("trials  ", "dim"), summary),
     ]

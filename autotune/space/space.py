@@ -193,7 +193,7 @@ def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
         memory_bytes = file.cluster.memory_bytes or gpu.memory_bytes
         if memory_bytes is None:
             raise InvalidSpaceError(
-                f"{where}: cluster.memory_bytes: is missing; on gpu: {gpu.name} state each worker's limit, such as 900MiB"
+                f"{where}: cluster.memory_bytes: is missing; on gpu: cpu state each worker's limit, such as 900MiB"
             )
         cluster = ClusterSpec(
             nodes=file.cluster.nodes, gpus_per_node=file.cluster.gpus_per_node, gpu=gpu, memory_bytes=memory_bytes

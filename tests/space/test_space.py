@@ -72,12 +72,12 @@ def test_a_value_without_any_legal_candidate_is_dropped_with_the_reason(tmp_path
 
 
 def test_only_impossible_values_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(NothingFeasibleError, match="no combination .* is legal.* needs a GPU"):
+    with pytest.raises(NothingFeasibleError, match=r"no combination .* is legal.* needs a GPU"):
         sample_space(tmp_path, baseline=..., search={"engine": "deepspeed", "precision": "fp16"})
 
 
 def test_an_impossible_baseline_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSpaceError, match="baseline: .*no multiple"):
+    with pytest.raises(InvalidSpaceError, match=r"baseline: .*no multiple"):
         sample_space(tmp_path, baseline={"micro_batch_size": 5})
 
 
