@@ -18,7 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
+from autotune.errors import StoreError
 from autotune.formats.deepspeed_json import check_deepspeed
+from autotune.results import stored_counts
+from autotune.store.store import open_store
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "search_spaces" / "tiny-cpu.yaml"
@@ -58,20 +61,32 @@ def trials(store: str) -> list[dict[str, Any]]:
     return listed
 
 
+def finished_and_running(store: str) -> tuple[int, int]:
+    """Trials by now, read in this process: a command a poll would slow the trials down."""
+    try:
+        with open_store(store, create=False) as opened:
+            counts = stored_counts(opened.trials("tiny-cpu"))
+    except StoreError:  # not created yet
+        return 0, 0
+    return counts.finished, counts.running
+
+
 def finished(store: str) -> int:
-    return sum(trial["outcome"] is not None for trial in trials(store))
+    return finished_and_running(store)[0]
 
 
 def until(folder: Path, store: str, wanted: int) -> subprocess.Popen[bytes]:
     """Start the study and return when `wanted` trials are finished and another one runs."""
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen([*AUTOTUNE, *tune_arguments(folder)], stdout=log, stderr=log, cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while finished(store) < wanted or not any(a["state"] == "running" for t in trials(store) for a in t["attempts"]):
+    deadline = time.monotonic() + 240
+    while True:
+        done, running = finished_and_running(store)
+        if done >= wanted and running:
+            return process
         assert process.poll() is None, (folder / "log").read_text()
         assert time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.2)
-    return process
 
 
 @pytest.fixture(scope="module")
