@@ -179,7 +179,7 @@ def show(
         Console().print_json(json.dumps(trial_document(chosen[0])))
         return
     results = standing_results(trials)
-    Console().print(trial_table(results, fastest(results, memory_headroom), None))
+    Console().print(trial_table(results, fastest(results, memory_headroom), memory_headroom))
     waiting = len(trials) - len(results)
     if waiting:
         Console(stderr=True).print(f"{waiting} more running or waiting to be run again", style="dim")
@@ -194,7 +194,7 @@ def best(
     """Show a study's fastest eligible trial."""
     from autotune.report.documents import best_document
     from autotune.report.terminal import trial_table
-    from autotune.results import fastest, standing_results
+    from autotune.results import Result, fastest, standing_results
 
     trials, memory_headroom = _stored_study(store, study)
     results = standing_results(trials)
@@ -204,7 +204,7 @@ def best(
     if as_json:
         _print_json({"study": study, "best": best_document(found)})
         return
-    Console().print(trial_table([found], found, None))
+    Console().print(trial_table([Result(*found)], found, memory_headroom))
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

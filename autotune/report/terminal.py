@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from autotune.results import Best
+from autotune.results import Best, Result, eligible
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, Measurement, Outcome
@@ -71,9 +71,9 @@ def memory_text(outcome: Outcome) -> str:
 
 
 def trial_table(
-    rows: Iterable[tuple[int, TrialConfig, Outcome]], best: Best | None, baseline: TrialConfig | None
+    rows: Iterable[Result], best: Best | None, memory_headroom: float, baseline: TrialConfig | None = None
 ) -> Table:
-    """Trials, one a row."""
+    """Trials, one a row; those that are too near the memory limit to win say so."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("#", justify="right")
     table.add_column("outcome")
@@ -82,6 +82,8 @@ def trial_table(
     for number, config, outcome in rows:
         mark = " (best)" if best is not None and best.trial == number else ""
         mark += " (baseline)" if config == baseline else ""
+        if isinstance(outcome, Measurement) and not eligible(outcome, memory_headroom):
+            mark += " (too little memory left to win)"
         table.add_row(str(number), outcome_text(outcome), memory_text(outcome), Text(config.describe() + mark))
     return table
 
@@ -91,10 +93,9 @@ class Progress:
 
     def __init__(self, study: Study, console: Console) -> None:
         self._study, self._console = study, console
-        self._rows: list[tuple[int, TrialConfig, Outcome]] = list(study.results)
+        self._rows: list[Result] = list(study.results)
         self._running: dict[int, tuple[Attempt, float]] = {}
         self._finished_at: list[float] = []
-        self._message = "starting the workers"
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
@@ -122,7 +123,7 @@ class Progress:
         self._running.pop(attempt.id, None)
         self._finished_at.append(time.monotonic())
         if self._study.settled(attempt.config):
-            self._rows.append((attempt.trial, attempt.config, outcome))
+            self._rows.append(Result(attempt.trial, attempt.config, outcome))
         if self._console.is_terminal:
             return
         counts = self._study.counts
@@ -138,8 +139,9 @@ class Progress:
             words.append(f"({' '.join(outcome.message.split())[:200]})")
         self._console.print(Text(" ".join(words)), soft_wrap=True)
 
-    def _table(self, rows: list[tuple[int, TrialConfig, Outcome]]) -> Table:
-        return trial_table(rows, self._study.best(), self._study.space.baseline)
+    def _table(self, rows: list[Result]) -> Table:
+        space = self._study.space
+        return trial_table(rows, self._study.best(), space.file.memory_headroom, space.baseline)
 
     def _render(self) -> RenderableType:
         # The display runs in its own thread; the copies keep it off lists that change meanwhile.
@@ -166,9 +168,9 @@ class Progress:
             words += f"   best {format_rate(best.measurement.tokens_per_second_per_gpu)} tokens/s/GPU (#{best.trial})"
         if len(self._finished_at) >= 2:
             pace = (self._finished_at[-1] - self._finished_at[0]) / (len(self._finished_at) - 1)
-            words += f"   about {format_seconds(pace * max(0, total - counts.finished))} left"
+            words += f"   {format_seconds(pace * max(0, total - counts.finished))} left"
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=total, completed=counts.finished, width=24), Text(words))
+        grid.add_row(ProgressBar(total=total, completed=counts.finished, width=16), Text(words))
         return grid
 
 
