@@ -83,7 +83,7 @@ def trial_table(
         mark = " (best)" if best is not None and best.trial == number else ""
         mark += " (baseline)" if config == baseline else ""
         if isinstance(outcome, Measurement) and not eligible(outcome, memory_headroom):
-            mark += " (too little memory left to win)"
+            mark += " (too little headroom)"
         table.add_row(str(number), outcome_text(outcome), memory_text(outcome), Text(config.describe() + mark))
     return table
 

@@ -53,7 +53,7 @@ def test_every_trial_is_shown_with_what_became_of_it(tmp_path: Path, store: SqlS
 
 def test_the_fastest_trial_without_headroom_says_why_it_does_not_win(tmp_path: Path, store: SqlStore) -> None:
     text = shown(tmp_path, store, terminal=True)
-    assert "too little memory left to win" in text
+    assert "too little headroom" in text
     assert "1.00x the baseline's 100" in text
 
 
