@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -19,9 +20,12 @@ from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase
 from autotune.spec.request import TrialRequest
 from autotune.trial.compose import compose
+from autotune.trial.failure import is_collateral
 from autotune.trial.pool import GangResult, NodePool
 
 POLL_SECONDS = 5.0
+VERDICT_SECONDS = 1.0
+"""How long the node that knows why a trial failed may speak later than the others."""
 
 
 def placement(config: TrialConfig, cluster: ClusterSpec) -> tune.PlacementGroupFactory:
@@ -46,6 +50,15 @@ def node_pool(node_id: str, device: str, log_dir: str) -> Any:
         )
         .remote(device=device, log_dir=log_dir)
     )
+
+
+def verdict(failures: Sequence[Failure]) -> Failure:
+    """The failure of one trial that counts, of what its nodes reported in this order.
+
+    Neither a node that only saw its peers go nor one that was told to stop knows the reason.
+    """
+    reasons = (f for f in failures if f.kind is not FailureKind.INTERRUPTED and not is_collateral(f.message))
+    return next(reasons, failures[0])
 
 
 class _Holder:
@@ -136,20 +149,24 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
         return [_here(), *ray.get([holder.where.remote() for holder in holders])], holders
 
     def _collect(self, request: TrialRequest, running: dict[Any, Any]) -> Outcome:
-        """Wait for every node; the first failure ends the others."""
+        """Wait for every node; a failure on one ends the others, and the one that came first counts."""
         results: list[GangResult] = []
-        failure: Failure | None = None
+        failures: list[Failure] = []
+        cancelled = False
         while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            done, _ = ray.wait(list(running), num_returns=1, timeout=VERDICT_SECONDS if failures else POLL_SECONDS)
             for reference in done:
                 running.pop(reference)
-                failed = self._failure_of(reference, results)
-                if failed is not None and failure is None:
-                    failure = failed
-                    for pool in running.values():
-                        pool.cancel.remote(request.trial_id)
-        if failure is not None:
-            return failure
+                failure = self._failure_of(reference, results)
+                failures += [] if failure is None else [failure]
+            # A node that only saw its peers go waits a moment for the node that knows why.
+            known = any(not is_collateral(failure.message) for failure in failures)
+            if failures and not cancelled and (known or not done):
+                cancelled = True
+                for pool in running.values():
+                    pool.cancel.remote(request.trial_id)
+        if failures:
+            return verdict(failures)
         ranks = tuple(sorted((rank for result in results for rank in result.ranks), key=lambda rank: rank.rank))
         measured = compose(ranks, request, self._cluster.gpu)
         return dataclasses.replace(measured, log_path=results[0].log_path)
