@@ -99,7 +99,6 @@ def tune(
 
     talk = Console(stderr=True)
     file, _ = read_space_file(space_path)
-    folder = _output_folder(out or Path("autotune-out") / file.study)
     space = None if file.cluster == "auto" else load_space(space_path)
 
     from autotune.search.authentication import authenticate
@@ -109,6 +108,7 @@ def tune(
 
     if space is not None and address is None:
         require_local(space.cluster)
+    folder = _output_folder(out or Path("autotune-out") / file.study)
 
     from autotune.export import export_best
     from autotune.report.documents import study_document

@@ -46,12 +46,13 @@ def test_every_verb_explains_itself(verb: str) -> None:
     assert "--json" in run.stdout
 
 
-def test_a_study_for_gpus_that_are_not_here() -> None:
-    run = autotune("tune", "search_spaces/qwen3-32b-sft-8xh100.yaml", "--store", "sqlite:///:none:/a.db")
+def test_a_study_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    run = autotune("tune", str(ROOT / "search_spaces" / "qwen3-32b-sft-8xh100.yaml"), cwd=tmp_path)
     assert run.returncode == 5
     message = error_of(run)
     assert "8 x H100-80GB" in message
     assert "--address" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
