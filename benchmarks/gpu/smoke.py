@@ -270,6 +270,8 @@ def main() -> int:
     arguments.add_argument("--device", choices=SETTINGS, default="cuda")
     arguments.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = arguments.parse_args()
+    if options.device == "cuda" and not list(Path("/dev").glob("nvidia[0-9]*")):
+        arguments.error("no NVIDIA GPU on this machine; --device cpu runs the same checks without one")
     with tempfile.TemporaryDirectory(prefix="autotune-smoke-") as logs:
         smoke = Smoke(SETTINGS[options.device], logs)
         try:
