@@ -10,7 +10,7 @@ from autotune.store.store import open_store
 from autotune.study import Study
 from tests.samples import sample_space, simulate, space_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "deepspeed", "ray", "optuna", "sqlalchemy", "alembic")
 
 
@@ -31,7 +31,7 @@ def error_of(run: subprocess.CompletedProcess[str]) -> str:
 
 def test_help_imports_no_heavy_library() -> None:
     code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom autotune.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom autotune.cli.main import app\n"
         "result = CliRunner().invoke(app, ['--help'])\nassert 'tune' in result.output\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )

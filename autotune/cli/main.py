@@ -1,0 +1,58 @@
+"""The entry point: the verbs, and every error a user can cause as one sentence and an exit code."""
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from autotune import __version__
+from autotune.cli import read
+from autotune.cli.tune import tune
+from autotune.errors import AutotuneError, ExitCode
+
+app = typer.Typer(
+    name="autotune",
+    help="Finds the fastest safe training settings of a large language model by running short, real trials.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> NoReturn:
+    """Entry point: every error a user can cause is one sentence on stderr and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code or ExitCode.DONE)
+    except typer.TyperException as error:  # its usage errors; `standalone_mode` would print them and exit for us
+        error.show()  # type: ignore[attr-defined] # every usage error of typer has it
+        sys.exit(ExitCode.USAGE)
+    except AutotuneError as error:
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on from here")
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"autotune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """See the verbs."""
+
+
+app.command()(tune)
+app.command()(read.studies)
+app.command()(read.show)
+app.command()(read.best)

@@ -1,0 +1,102 @@
+"""`autotune tune`: run or resume a study."""
+
+import os
+import signal
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from autotune.cli.options import DEFAULT_STORE, JsonOption, StoreOption, print_json
+from autotune.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from autotune.study import Study
+
+
+class Sampler(StrEnum):
+    """What `--sampler` takes; `autotune.search.samplers` builds them."""
+
+    TPE = "tpe"
+    GP = "gp"
+    RANDOM = "random"
+
+
+def tune(
+    space_path: Annotated[Path, typer.Argument(metavar="SPACE", help="Search-space file (YAML).")],
+    store: StoreOption = DEFAULT_STORE,
+    out: Annotated[Path | None, typer.Option(help="Folder for logs and best files [autotune-out/STUDY].")] = None,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster; without it, one is started here.")
+    ] = None,
+    sampler: Annotated[Sampler, typer.Option(help="Who proposes the next config.")] = Sampler.TPE,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run or resume a study; print the best config and where its files are."""
+    from autotune.space.file import read_space_file
+    from autotune.space.space import load_space
+
+    talk = Console(stderr=True)
+    file, _ = read_space_file(space_path)
+    space = None if file.cluster == "auto" else load_space(space_path)
+
+    from autotune.search.authentication import authenticate
+
+    authenticate(address)
+    from autotune.search.cluster import connected, detect, require, require_local
+
+    if space is not None and address is None:
+        require_local(space.cluster)
+    folder = _output_folder(out or Path("autotune-out") / file.study)
+
+    from autotune.export import export_best
+    from autotune.report.documents import study_document
+    from autotune.report.terminal import Progress, result_panel
+    from autotune.search.runner import run_study
+    from autotune.search.samplers import SamplerName
+    from autotune.store.store import open_store
+    from autotune.study import Study
+
+    with open_store(store, create=True) as database, connected(address, space.cluster if space else None):
+        # Ray replaces the handler when it starts.
+        signal.signal(signal.SIGTERM, _interrupt)
+        if space is None:
+            space = load_space(space_path, detect())
+        require(space.cluster)
+        study = Study.open(space, database)
+        with Progress(study, talk) as progress:
+            study.observers.append(progress)
+            run_study(study, SamplerName(sampler), folder / "logs", seed)
+        artifacts = export_best(study, folder)
+    (talk if as_json else Console()).print(result_panel(study, artifacts))
+    if as_json:
+        print_json(study_document(study, artifacts))
+    raise typer.Exit(_exit_code(study))
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _output_folder(out: Path) -> Path:
+    folder = out.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror}); name a writable folder with --out") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder}: is not writable; name a writable folder with --out")
+    return folder
+
+
+def _exit_code(study: "Study") -> ExitCode:
+    counts = study.counts
+    if study.best() is not None:
+        return ExitCode.DONE
+    if counts.failed and not counts.out_of_memory and not counts.complete:
+        return ExitCode.EVERY_TRIAL_FAILED
+    return ExitCode.NOTHING_FEASIBLE
