@@ -6,6 +6,7 @@
     │   ├── InvalidModelError         a model name, folder or config
     │   ├── UnknownHardwareError      a GPU that the table does not know
     │   └── StoreError                a database that cannot be used
+    │       └── StudyBusyError           another process runs the study
     ├── NothingFeasibleError       3  every candidate is refused or runs out of memory
     └── ClusterError               5  the cluster cannot be reached, or lacks what the study asks for
 
@@ -13,6 +14,7 @@ A message is one sentence: what, where, what was found, what to do. A failed tri
 a result like any other (`autotune.spec.outcome`).
 """
 
+import reprlib
 from enum import IntEnum
 
 
@@ -58,6 +60,10 @@ class StoreError(UsageError):
     """The database is missing, unreadable, or of another schema."""
 
 
+class StudyBusyError(StoreError):
+    """Another process runs the study."""
+
+
 class NothingFeasibleError(AutotuneError):
     """No candidate is left that could run."""
 
@@ -68,3 +74,16 @@ class ClusterError(AutotuneError):
     """The cluster is unreachable, or has not what the study needs."""
 
     exit_code = ExitCode.CLUSTER
+
+
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxstring = _BOUNDED.maxother = _BOUNDED.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """A value that a user wrote, for a message: one line, at most 80 characters, whatever it is."""
+    try:
+        text = _BOUNDED.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"  # Python refuses to write more than 4300
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -16,6 +16,8 @@ UNSTABLE = frozenset({FailureKind.HANG, FailureKind.CRASH, FailureKind.NON_FINIT
 
 MAX_LOST_ATTEMPTS = 4
 MAX_UNSTABLE_ATTEMPTS = 2
+MAX_HOST_MEMORY_ATTEMPTS = 2
+"""The second one runs alone: trials at the same time share the host's memory."""
 
 CUT_OFF = Failure(kind=FailureKind.INTERRUPTED, phase=Phase.START, message="the driver ended while the trial ran")
 """Stands for the outcome of an attempt that has none."""
@@ -66,10 +68,17 @@ def standing_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:
         stands = sum(kind in LOST for kind in kinds) >= MAX_LOST_ATTEMPTS
     elif last.kind in UNSTABLE:
         stands = sum(kind in UNSTABLE for kind in kinds) >= MAX_UNSTABLE_ATTEMPTS
+    elif last.kind is FailureKind.HOST_OUT_OF_MEMORY:
+        stands = kinds.count(last.kind) >= MAX_HOST_MEMORY_ATTEMPTS
     else:
         # A driver that was stopped says nothing about the config, however often it happens.
         stands = last.kind is not FailureKind.INTERRUPTED
     return last if stands else None
+
+
+def must_run_alone(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the next attempt of a config that was attempted these times must be the only one that runs."""
+    return any(isinstance(o, Failure) and o.kind is FailureKind.HOST_OUT_OF_MEMORY for o in outcomes)
 
 
 def attempted_outcomes(trial: TrialRecord) -> list[Outcome]:

@@ -12,11 +12,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autotune.errors import StoreError
-from autotune.results import Best, Counts, Result, attempted_outcomes, count, eligible, fastest, standing_outcome
-from autotune.space.space import Space
+from autotune.results import (
+    Best,
+    Counts,
+    Result,
+    attempted_outcomes,
+    count,
+    eligible,
+    fastest,
+    must_run_alone,
+    standing_outcome,
+)
+from autotune.space.space import Space, stored_space
 from autotune.spec.config import Engine, TrialConfig
 from autotune.spec.outcome import Measurement, Outcome
-from autotune.spec.record import StudyRecord, TrialRecord
+from autotune.spec.record import SpaceRecord, StudyRecord, TrialRecord
 
 
 class Store(Protocol):
@@ -25,11 +35,11 @@ class Store(Protocol):
     def study(self, name: str) -> StudyRecord | None:
         """The study, or None."""
 
-    def create_study(self, name: str, space_yaml: str, identity: str) -> StudyRecord:
+    def create_study(self, name: str, space: SpaceRecord, identity: str) -> StudyRecord:
         """Add a study."""
 
-    def update_space(self, name: str, space_yaml: str) -> None:
-        """Keep the edited file."""
+    def add_space(self, name: str, space: SpaceRecord) -> int:
+        """Keep the edited search space as the study's next version."""
 
     def trials(self, study: str) -> list[TrialRecord]:
         """Every trial with its attempts, by number."""
@@ -65,7 +75,11 @@ class Observer(Protocol):
 
 
 class Study:
-    """One study on one store. Open it with `Study.open`; not thread-safe: one runner drives it."""
+    """One study on one store: `Study.open` to run it, `Study.stored` to read it.
+
+    What an edit of the file has put outside the axes stays in the store, but it neither wins nor counts as a trial of
+    the budget. Not thread-safe: one runner drives it.
+    """
 
     def __init__(self, space: Space, store: Store, trials: list[TrialRecord]) -> None:
         self.space = space
@@ -76,15 +90,18 @@ class Study:
         self._sources: dict[TrialConfig, str] = {}
         self._running: dict[int, Attempt] = {}
         self._again: deque[TrialConfig] = deque()
+        self._outside: set[TrialConfig] = set()
         self._spent_gpu_seconds = 0.0
         self._started = time.monotonic()
+        baseline = space.baseline
         for trial in trials:
             self._numbers[trial.config], self._sources[trial.config] = trial.number, trial.source
             self._outcomes[trial.config] = attempted_outcomes(trial)
             self._spent_gpu_seconds += sum(o.elapsed_seconds for o in self._outcomes[trial.config]) * trial.config.gpus
-            if not self.settled(trial.config):
+            if trial.config not in space and trial.config != baseline:
+                self._outside.add(trial.config)
+            elif not self.settled(trial.config):
                 self._again.append(trial.config)
-        baseline = space.baseline
         if baseline is not None and baseline not in self._outcomes:
             self._again.appendleft(baseline)
 
@@ -97,16 +114,28 @@ class Study:
         """
         known = store.study(space.name)
         if known is None:
-            store.create_study(space.name, space.text, space.identity)
+            store.create_study(space.name, space.record, space.identity)
         elif known.identity != space.identity:
             raise StoreError(
                 f"study {space.name!r} in this store measured another model, workload, cluster or protocol than "
                 f"{space.where} describes; give the file another study name"
             )
-        elif known.space_yaml != space.text:
-            store.update_space(space.name, space.text)
+        elif known.space != space.record:
+            store.add_space(space.name, space.record)
         store.interrupt_running(space.name)
         return cls(space, store, store.trials(space.name))
+
+    @classmethod
+    def stored(cls, store: Store, name: str) -> "Study":
+        """The study as its store has it. Nothing is written, so it may be running elsewhere meanwhile.
+
+        Raises:
+            StoreError: there is no such study, or it was stored by a version that kept too little.
+        """
+        trials = store.trials(name)
+        record = store.study(name)
+        assert record is not None  # `trials` raises for an unknown study
+        return cls(stored_space(record), store, trials)
 
     # What to run
 
@@ -117,9 +146,13 @@ class Study:
             propose: returns a legal config that this study has not run, or None when there is none left.
 
         Returns:
-            None when the budget is spent or nothing is left to run.
+            None when the budget is spent, nothing is left to run, or a trial that must run alone runs or waits for
+            the others to end.
         """
         if self.stop_reason is not None:
+            return None
+        alone = [attempt.config for attempt in self._running.values()] + list(self._again)[:1]
+        if self._running and any(must_run_alone(self._outcomes.get(config, [])) for config in alone):
             return None
         config = self._again.popleft() if self._again else propose()
         if config is None:
@@ -175,8 +208,9 @@ class Study:
 
     @property
     def results(self) -> list[Result]:
-        """Every trial whose outcome stands, by number."""
-        standing = ((self._numbers[c], c, standing_outcome(o)) for c, o in self._outcomes.items() if o)
+        """Every trial of the current axes whose outcome stands, by number."""
+        inside = ((config, outcomes) for config, outcomes in self._outcomes.items() if config not in self._outside)
+        standing = ((self._numbers[config], config, standing_outcome(outcomes)) for config, outcomes in inside)
         return sorted((Result(n, c, o) for n, c, o in standing if o is not None), key=lambda result: result.trial)
 
     @property
@@ -185,6 +219,11 @@ class Study:
         running = {attempt.config for attempt in self._running.values()}
         waiting = [config for config in self._again if self._outcomes.get(config) and config not in running]
         return count((result.outcome for result in self.results), interrupted=len(waiting), running=len(running))
+
+    @property
+    def outside(self) -> frozenset[TrialConfig]:
+        """Configs that were run before an edit of the file put them outside the axes."""
+        return frozenset(self._outside)
 
     def eligible(self, measurement: Measurement) -> bool:
         """Whether a measurement left the memory headroom that the file asks for."""

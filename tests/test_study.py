@@ -86,7 +86,7 @@ def test_an_attempt_cut_off_by_a_dead_driver_is_interrupted_and_runs_again_first
     ("kind", "attempts"),
     [
         (FailureKind.OUT_OF_MEMORY, 1),
-        (FailureKind.HOST_OUT_OF_MEMORY, 1),
+        (FailureKind.HOST_OUT_OF_MEMORY, 2),
         (FailureKind.INVALID_CONFIG, 1),
         (FailureKind.TIMEOUT, 1),
         (FailureKind.CRASH, 2),
@@ -155,9 +155,71 @@ def test_an_edited_budget_goes_on_and_changed_work_is_refused(tmp_path: Path, st
     assert len(drive(grown)) == 2
     kept = store.study("sample")
     assert kept is not None
-    assert "trials: 8" in kept.space_yaml
+    assert "trials: 8" in kept.space.text
     with pytest.raises(StoreError, match="another study name"):
         Study.open(sample_space(tmp_path, workload={"global_batch_size": 32, "sequence_length": 64}), store)
+
+
+def test_changed_axes_are_a_new_version_that_uses_what_was_measured(tmp_path: Path, store: SqlStore) -> None:
+    search = {"engine": "pytorch", "zero_stage": [0, 2], "activation_checkpointing": "none", "micro_batch_size": [1, 2]}
+    first = Study.open(sample_space(tmp_path, baseline=..., search=search, budget={"trials": 9}), store)
+    measured = {attempt.config for attempt in drive(first, lambda c: measurement(100.0 * (4 - c.zero_stage)))}
+    narrowed = {**search, "zero_stage": [2, 3]}
+    study = Study.open(sample_space(tmp_path, baseline=..., search=narrowed, budget={"trials": 9}), store)
+    assert study.counts.finished == len([config for config in measured if config.zero_stage == 2]) > 0
+    assert study.outside == {config for config in measured if config.zero_stage == 0}
+    attempts = drive(study, lambda c: measurement(100.0 * (4 - c.zero_stage)))
+    assert {attempt.config.zero_stage for attempt in attempts} == {3}
+    best = study.best()
+    assert best is not None
+    assert best.config.zero_stage == 2  # stage 0 was faster, but is not asked for any more
+    record = store.study("sample")
+    assert record is not None
+    assert record.space_version == 2
+    assert {t.config.zero_stage: t.space_version for t in store.trials("sample")} == {0: 1, 2: 1, 3: 2}
+    back = Study.open(sample_space(tmp_path, baseline=..., search=search, budget={"trials": 9}), store)
+    assert back.best() is not None
+    assert back.best().config.zero_stage == 0  # type: ignore[union-attr]
+
+
+def test_an_unfinished_trial_outside_the_axes_is_not_run_again(tmp_path: Path, store: SqlStore) -> None:
+    search = {"engine": "pytorch", "zero_stage": [0, 2], "activation_checkpointing": "none", "micro_batch_size": 1}
+    cut = Study.open(sample_space(tmp_path, baseline=..., search=search), store)
+    attempt = cut.next_attempt(in_order(cut))
+    assert attempt is not None
+    assert attempt.config.zero_stage == 0
+    study = Study.open(sample_space(tmp_path, baseline=..., search={**search, "zero_stage": 2}), store)
+    assert study.counts.interrupted == 0
+    assert {attempt.config.zero_stage for attempt in drive(study)} == {2}
+
+
+def test_the_store_alone_tells_all_of_a_study(tmp_path: Path, store: SqlStore) -> None:
+    study = Study.open(sample_space(tmp_path), store)
+    drive(study)
+    (tmp_path / "space.yaml").unlink()
+    stored = Study.stored(store, "sample")
+    assert (stored.results, stored.counts, stored.best()) == (study.results, study.counts, study.best())
+    assert (stored.space.model, stored.space.cluster) == (study.space.model, study.space.cluster)
+    assert stored.space.identity == study.space.identity
+    with pytest.raises(StoreError, match="'other' is not in"):
+        Study.stored(store, "other")
+
+
+def test_what_ran_out_of_host_memory_runs_again_alone(tmp_path: Path, store: SqlStore) -> None:
+    study = Study.open(sample_space(tmp_path, baseline=...), store)
+    first, second = study.next_attempt(in_order(study)), study.next_attempt(in_order(study))
+    assert first is not None
+    assert second is not None
+    study.record(first, failure(FailureKind.HOST_OUT_OF_MEMORY))
+    assert study.next_attempt(in_order(study)) is None  # the second one runs still
+    study.record(second, simulate(second.config))
+    again = study.next_attempt(in_order(study))
+    assert again is not None
+    assert again.config == first.config
+    assert study.next_attempt(in_order(study)) is None  # it is alone
+    study.record(again, measurement(50.0))
+    assert study.counts.complete + study.counts.out_of_memory == 2
+    assert study.next_attempt(in_order(study)) is not None
 
 
 def test_observers_hear_of_every_attempt_in_order(tmp_path: Path, store: SqlStore) -> None:

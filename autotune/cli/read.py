@@ -1,7 +1,7 @@
 """`autotune studies`, `show` and `best`: what a store knows."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -9,9 +9,6 @@ from rich.table import Table
 
 from autotune.cli.options import DEFAULT_STORE, JsonOption, StoreOption, StudyArgument, print_json
 from autotune.errors import NothingFeasibleError, StoreError
-
-if TYPE_CHECKING:
-    from autotune.spec.record import TrialRecord
 
 
 def studies(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
@@ -43,20 +40,24 @@ def show(
     """List a study's trials, or show one of them in full."""
     from autotune.report.documents import trial_document
     from autotune.report.terminal import trial_table
-    from autotune.results import fastest, standing_results
+    from autotune.results import standing_results
+    from autotune.store.store import open_store
+    from autotune.study import Study
 
-    trials, memory_headroom = _stored_study(store, study)
-    chosen = [record for record in trials if trial in (None, record.number)]
-    if not chosen and trial is not None:
-        raise StoreError(f"study {study!r} has no trial {trial}; it has {len(trials)} trials")
-    if as_json:
-        print_json({"study": study, "trials": [trial_document(record) for record in chosen]})
-        return
-    if trial is not None:
-        Console().print_json(json.dumps(trial_document(chosen[0])))
-        return
+    with open_store(store, create=False) as database:
+        trials = database.trials(study)
+        chosen = [record for record in trials if trial in (None, record.number)]
+        if not chosen and trial is not None:
+            raise StoreError(f"study {study!r} has no trial {trial}; it has {len(trials)} trials")
+        if as_json:
+            print_json({"study": study, "trials": [trial_document(record) for record in chosen]})
+            return
+        if trial is not None:
+            Console().print_json(json.dumps(trial_document(chosen[0])))
+            return
+        stored = Study.stored(database, study)
     results = standing_results(trials)
-    Console().print(trial_table(results, fastest(results, memory_headroom), memory_headroom))
+    Console().print(trial_table(results, stored))
     waiting = len(trials) - len(results)
     if waiting:
         Console(stderr=True).print(f"{waiting} more running or waiting to be run again", style="dim")
@@ -70,26 +71,17 @@ def best(
     """Show a study's fastest eligible trial."""
     from autotune.report.documents import best_document
     from autotune.report.terminal import trial_table
-    from autotune.results import Result, fastest, standing_results
+    from autotune.results import Result
+    from autotune.store.store import open_store
+    from autotune.study import Study
 
-    trials, memory_headroom = _stored_study(store, study)
-    results = standing_results(trials)
-    found = fastest(results, memory_headroom)
+    with open_store(store, create=False) as database:
+        stored = Study.stored(database, study)
+    found = stored.best()
     if found is None:
-        raise NothingFeasibleError(f"study {study!r} has no eligible trial among its {len(results)} finished ones")
+        finished = stored.counts.finished
+        raise NothingFeasibleError(f"study {study!r} has no eligible trial among its {finished} finished ones")
     if as_json:
         print_json({"study": study, "best": best_document(found)})
         return
-    Console().print(trial_table([Result(*found)], found, memory_headroom))
-
-
-def _stored_study(url: str, name: str) -> "tuple[list[TrialRecord], float]":
-    """The study's trials and the memory headroom that its file asks for."""
-    from autotune.space.file import parse_space
-    from autotune.store.store import open_store
-
-    with open_store(url, create=False) as database:
-        trials = database.trials(name)
-        record = database.study(name)
-    assert record is not None  # `trials` raises for an unknown study
-    return trials, parse_space(record.space_yaml, f"the stored space of study {name!r}").memory_headroom
+    Console().print(trial_table([Result(*found)], stored))

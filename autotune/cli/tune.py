@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from autotune.cli.options import DEFAULT_STORE, JsonOption, StoreOption, print_json
-from autotune.errors import ExitCode, UsageError
+from autotune.errors import ExitCode, StoreError, StudyBusyError, UsageError
 
 if TYPE_CHECKING:
     from autotune.study import Study
@@ -58,19 +58,29 @@ def tune(
     from autotune.report.terminal import Progress, result_panel
     from autotune.search.runner import run_study
     from autotune.search.samplers import SamplerName
+    from autotune.store.lease import Lease
     from autotune.store.store import open_store
     from autotune.study import Study
 
-    with open_store(store, create=True) as database, connected(address, space.cluster if space else None):
-        # Ray replaces the handler when it starts.
-        signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    with (
+        open_store(store, create=True) as database,
+        Lease(database, file.study, on_lost=_stop_this_process) as lease,
+        connected(address, space.cluster if space else None),
+    ):
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray has replaced the handler
         if space is None:
             space = load_space(space_path, detect())
         require(space.cluster)
         study = Study.open(space, database)
         with Progress(study, talk) as progress:
             study.observers.append(progress)
-            run_study(study, SamplerName(sampler), folder / "logs", seed)
+            try:
+                run_study(study, SamplerName(sampler), folder / "logs", seed)
+            except (KeyboardInterrupt, StoreError):
+                if lease.lost:
+                    raise _taken_over(study) from None
+                raise
         artifacts = export_best(study, folder)
     (talk if as_json else Console()).print(result_panel(study, artifacts))
     if as_json:
@@ -80,6 +90,17 @@ def tune(
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _stop_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)  # from the lease's thread; the handler raises in the main one
+
+
+def _taken_over(study: "Study") -> StudyBusyError:
+    return StudyBusyError(
+        f"study {study.space.name!r} was taken over by another driver while this one gave no sign of life;"
+        " its trials are in the store, and this driver leaves them to the other"
+    )
 
 
 def _output_folder(out: Path) -> Path:

@@ -13,9 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from autotune.results import Best, Result, eligible
+from autotune.results import Result
 from autotune.space.space import Space
-from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, Measurement, Outcome
 from autotune.study import Attempt, Study
 from autotune.units import format_bytes, format_rate, format_seconds
@@ -70,10 +69,9 @@ def memory_text(outcome: Outcome) -> str:
     return outcome.phase.value
 
 
-def trial_table(
-    rows: Iterable[Result], best: Best | None, memory_headroom: float, baseline: TrialConfig | None = None
-) -> Table:
-    """Trials, one a row; those that are too near the memory limit to win say so."""
+def trial_table(rows: Iterable[Result], study: Study) -> Table:
+    """Trials, one a row; those that cannot win say why."""
+    best, baseline, outside = study.best(), study.space.baseline, study.outside
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("#", justify="right")
     table.add_column("outcome")
@@ -82,7 +80,9 @@ def trial_table(
     for number, config, outcome in rows:
         mark = " (best)" if best is not None and best.trial == number else ""
         mark += " (baseline)" if config == baseline else ""
-        if isinstance(outcome, Measurement) and not eligible(outcome, memory_headroom):
+        if config in outside:
+            mark += " (outside the present axes)"
+        elif isinstance(outcome, Measurement) and not study.eligible(outcome):
             mark += " (too little headroom)"
         table.add_row(str(number), outcome_text(outcome), memory_text(outcome), Text(config.describe() + mark))
     return table
@@ -112,7 +112,7 @@ class Progress:
     ) -> None:
         if self._console.is_terminal:
             self._live.stop()
-            self._console.print(self._table(self._rows))
+            self._console.print(trial_table(self._rows, self._study))
 
     def started(self, attempt: Attempt) -> None:
         """An attempt was handed to the runner."""
@@ -139,14 +139,10 @@ class Progress:
             words.append(f"({' '.join(outcome.message.split())[:200]})")
         self._console.print(Text(" ".join(words)), soft_wrap=True)
 
-    def _table(self, rows: list[Result]) -> Table:
-        space = self._study.space
-        return trial_table(rows, self._study.best(), space.file.memory_headroom, space.baseline)
-
     def _render(self) -> RenderableType:
         # The display runs in its own thread; the copies keep it off lists that change meanwhile.
         rows, running = self._rows[-SHOWN_TRIALS:], list(self._running.values())
-        parts: list[RenderableType] = [self._table(rows)] if rows else []
+        parts: list[RenderableType] = [trial_table(rows, self._study)] if rows else []
         now = time.monotonic()
         for attempt, since in running:
             parts.append(

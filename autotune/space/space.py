@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from autotune.errors import InvalidSpaceError, NothingFeasibleError
-from autotune.space.file import SpaceFile, read_space_file
+from autotune.errors import InvalidSpaceError, NothingFeasibleError, StoreError
+from autotune.space.file import SpaceFile, parse_space, read_space_file
 from autotune.space.legality import deepspeed_key_applies, refusal
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
+from autotune.spec.record import SpaceRecord, StudyRecord
 from autotune.spec.workload import MeasureSettings, Workload
 
 NOT_APPLICABLE = "n/a"
@@ -78,6 +79,11 @@ class Space:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def record(self) -> SpaceRecord:
+        """What a store keeps of it; `stored_space` reads it back."""
+        return SpaceRecord(text=self.text, model=self.model, cluster=self.cluster)
+
     def config(self, values: dict[str, Any]) -> TrialConfig:
         """The config that one value per axis describes. Axes that do not apply are left out of it."""
         fields = {key: value for key, value in values.items() if not key.startswith("deepspeed.")}
@@ -104,11 +110,10 @@ class Space:
     def __contains__(self, config: TrialConfig) -> bool:
         """Whether the config is a legal candidate of these axes."""
         values = self.values(config)
-        inside = all(values[axis] in (*allowed, NOT_APPLICABLE) for axis, allowed in self.axes.items())
-        return (
-            inside
-            and self.config({a: self.axes[a][0] if v == NOT_APPLICABLE else v for a, v in values.items()}) == config
-        )
+        if not all(values[axis] in (*allowed, NOT_APPLICABLE) for axis, allowed in self.axes.items()):
+            return False
+        same = self.config({a: self.axes[a][0] if v == NOT_APPLICABLE else v for a, v in values.items()})
+        return same == config and self.refusal(config) is None
 
     def combinations(self) -> Iterator[TrialConfig]:
         """Every distinct config of the axes, legal or not."""
@@ -198,6 +203,34 @@ def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
         cluster = ClusterSpec(
             nodes=file.cluster.nodes, gpus_per_node=file.cluster.gpus_per_node, gpu=gpu, memory_bytes=memory_bytes
         )
+    _check_deepspeed_keys(file, where)
+    space = _space(file, text, where, model, cluster)
+    if not space.candidates:
+        reason, count = space.illegal.most_common(1)[0]
+        raise NothingFeasibleError(
+            f"{where}: search: no combination of the axes is legal; most ({count}) are refused because {reason}"
+        )
+    _ = space.baseline
+    return space
+
+
+def stored_space(study: StudyRecord) -> Space:
+    """The search space of a study as its store has it, checked when it was stored.
+
+    Raises:
+        StoreError: the study was stored before stores kept the model and the cluster.
+        InvalidSpaceError: this version of Autotune does not read the file any more.
+    """
+    where = f"the stored space of study {study.name!r}"
+    if study.space.model is None or study.space.cluster is None:
+        raise StoreError(
+            f"{where} has no model and cluster, which earlier versions did not store; run `autotune tune` with its file"
+        )
+    file = parse_space(study.space.text, where)
+    return _space(file, study.space.text, where, study.space.model, study.space.cluster)
+
+
+def _space(file: SpaceFile, text: str, where: str, model: ModelSpec, cluster: ClusterSpec) -> Space:
     axes: dict[str, tuple[Scalar, ...]] = {
         key: tuple(getattr(file.search, key))
         for key in type(file.search).model_fields
@@ -206,17 +239,9 @@ def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
     axes["gpus"] = tuple(file.search.gpus or [cluster.total_gpus])
     if "selective" not in axes["activation_checkpointing"] and "selective_every" not in file.search.model_fields_set:
         axes["selective_every"] = axes["selective_every"][:1]
-    _check_deepspeed_keys(file, where)
     axes |= {f"deepspeed.{key}": tuple(values) for key, values in file.search.deepspeed.items()}
     workload = Workload(**file.workload.model_dump(exclude={"sequence_length"}))
-    space = Space(file=file, text=text, where=where, model=model, cluster=cluster, workload=workload, axes=axes)
-    if not space.candidates:
-        reason, count = space.illegal.most_common(1)[0]
-        raise NothingFeasibleError(
-            f"{where}: search: no combination of the axes is legal; most ({count}) are refused because {reason}"
-        )
-    _ = space.baseline
-    return space
+    return Space(file=file, text=text, where=where, model=model, cluster=cluster, workload=workload, axes=axes)
 
 
 def _check_deepspeed_keys(file: SpaceFile, where: str) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
 from autotune.errors import UnknownHardwareError, UsageError
 from autotune.units import GIB
@@ -219,6 +219,24 @@ class ClusterSpec:
         for key in ("nodes", "gpus_per_node", "memory_bytes"):
             if getattr(self, key) < 1:
                 raise UsageError(f"cluster: found {key} {getattr(self, key)}, but it must be at least 1; correct {key}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; `from_dict` reads it back."""
+        return {
+            "nodes": self.nodes,
+            "gpus_per_node": self.gpus_per_node,
+            "gpu": self.gpu.name,
+            "memory_bytes": self.memory_bytes,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UnknownHardwareError: the table has no such GPU.
+        """
+        return cls(**{**fields, "gpu": find_gpu(fields["gpu"])})
 
     @property
     def total_gpus(self) -> int:

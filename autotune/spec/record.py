@@ -1,10 +1,12 @@
-"""What a store remembers of a study: the study, its trials, and each attempt to measure one."""
+"""What a store remembers of a study: the study, its search space, its trials, and each attempt to measure one."""
 
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
+from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Outcome
 
 
@@ -44,6 +46,8 @@ class TrialRecord:
     config: TrialConfig
     source: str
     """Who proposed it: `baseline` or `search`."""
+    space_version: int
+    """The version of the search space in which it was proposed."""
     attempts: tuple[AttemptRecord, ...]
     """By number; at least one."""
 
@@ -61,13 +65,26 @@ class TrialRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpaceRecord:
+    """A search-space file with what it referred to, so that a study can be read where nothing but its store is."""
+
+    text: str
+    """The file, word for word."""
+    model: ModelSpec | None
+    """None where a version of Autotune that kept only the file has stored it."""
+    cluster: ClusterSpec | None
+    """As stated in the file or found by `cluster: auto`; None like `model`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRecord:
-    """A study as it was started, or last edited."""
+    """A study, and its search space as it was last edited."""
 
     name: str
     created_at: datetime
     """Aware and in UTC."""
-    space_yaml: str
-    """The search-space file, word for word."""
+    space: SpaceRecord
+    space_version: int
+    """1, 2, … counts the edits of the file."""
     identity: str
     """Digest of what a study must keep to stay the same study; the store compares nothing, it only keeps it."""

@@ -1,25 +1,29 @@
 """`SqlStore`: studies, trials and attempts in a database. It is the truth; everything in memory is rebuilt from it."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import CursorResult, Engine, Row, func, select, update
+from sqlalchemy import ColumnElement, CursorResult, Delete, Engine, Row, Update, delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from autotune.errors import StoreError
+from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
+from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, outcome_from_dict
-from autotune.spec.record import AttemptRecord, AttemptState, StudyRecord, TrialRecord
+from autotune.spec.record import AttemptRecord, AttemptState, SpaceRecord, StudyRecord, TrialRecord
 from autotune.store.connect import WRITES, connect, mask_url, parse_url, reported, sqlite_path
+from autotune.store.lease import EXPIRES_AFTER, Driver
 from autotune.store.migrate import is_current, schema_revision, upgrade_schema
-from autotune.store.tables import Attempt, Environment, Study, Trial
+from autotune.store.tables import Attempt, Environment, Lease, Space, Study, Trial
 
 
 def open_store(url: str, *, create: bool) -> "SqlStore":
@@ -92,16 +96,16 @@ class SqlStore:
     def studies(self) -> list[StudyRecord]:
         """Every study, oldest first."""
         with self._reading() as session:
-            return [_study_record(row) for row in session.scalars(select(Study).order_by(Study.id))]
+            return [_study_record(session, row) for row in session.scalars(select(Study).order_by(Study.id))]
 
     def study(self, name: str) -> StudyRecord | None:
         """One study; None where there is none of that name."""
         with self._reading() as session:
             row = session.scalar(select(Study).where(Study.name == name))
-            return None if row is None else _study_record(row)
+            return None if row is None else _study_record(session, row)
 
-    def create_study(self, name: str, space_yaml: str, identity: str) -> StudyRecord:
-        """Add a study.
+    def create_study(self, name: str, space: SpaceRecord, identity: str) -> StudyRecord:
+        """Add a study, with the first version of its search space.
 
         Raises:
             StoreError: the name is taken.
@@ -109,24 +113,27 @@ class SqlStore:
         with self._writing() as session:
             if session.scalar(select(Study.id).where(Study.name == name)) is not None:
                 raise StoreError(f"study {name!r} is in {self.shown_url} already; resume it, or choose another name")
-            row = Study(name=name, created_at=_now(), space_yaml=space_yaml, identity=identity)
+            row = Study(name=name, created_at=_now(), identity=identity)
             session.add(row)
             session.flush()
-            return _study_record(row)
+            session.add(_space_row(row.id, 1, space))
+            session.flush()
+            return _study_record(session, row)
 
-    def update_space(self, name: str, space_yaml: str) -> None:
-        """Keep the edited search-space file of a study."""
+    def add_space(self, name: str, space: SpaceRecord) -> int:
+        """Keep the edited search space of a study as its next version, and return that version's number."""
         with self._writing() as session:
-            session.execute(
-                update(Study).where(Study.id == self._study_id(session, name)).values(space_yaml=space_yaml)
-            )
+            study_id = self._study_id(session, name, lock=True)
+            version = _space_version(session, study_id) + 1
+            session.add(_space_row(study_id, version, space))
+            return version
 
     def trials(self, study: str) -> list[TrialRecord]:
         """Every trial of a study with its attempts, by number. One query, however many there are."""
         query = (
             select(
-                Trial.number.label("trial_number"), Trial.config, Trial.source, Attempt.id, Attempt.number,
-                Attempt.state, Attempt.started_at, Attempt.finished_at, Attempt.outcome,
+                Trial.number.label("trial_number"), Trial.config, Trial.source, Trial.space_version, Attempt.id,
+                Attempt.number, Attempt.state, Attempt.started_at, Attempt.finished_at, Attempt.outcome,
             )
             .join(Attempt, Attempt.trial_id == Trial.id)
             .order_by(Trial.number, Attempt.number)
@@ -163,6 +170,7 @@ class SqlStore:
                     fingerprint=fingerprint,
                     config=config.to_dict(),
                     source=source,
+                    space_version=_space_version(session, study_id),
                 )
                 session.add(trial)
                 session.flush()
@@ -211,14 +219,52 @@ class SqlStore:
         """
         with self._writing() as session:
             trials = select(Trial.id).where(Trial.study_id == self._study_id(session, study))
-            result = session.execute(
+            return _rows(
+                session,
                 update(Attempt)
                 .where(Attempt.state == AttemptState.RUNNING.value, Attempt.trial_id.in_(trials))
                 .values(state=AttemptState.INTERRUPTED.value, finished_at=_now()),
-                execution_options={"synchronize_session": False},
             )
-            assert isinstance(result, CursorResult)
-            return result.rowcount
+
+    def take_lease(self, study: str, driver: Driver) -> tuple[Driver, timedelta]:
+        """Make `driver` the one that drives the study, unless a living one has it. Use `autotune.store.lease.Lease`.
+
+        Returns:
+            Who has the lease now, and how long ago that driver was last heard of.
+        """
+        with self._writing() as session:
+            query = select(Lease).where(Lease.study_name == study).with_for_update()
+            row = session.scalar(query)
+            now = _clock(session)
+            if row is None:
+                row = Lease(study_name=study, renewed_at=now, **dataclasses.asdict(driver))
+                try:
+                    with session.begin_nested():
+                        session.add(row)
+                    return driver, timedelta()
+                except IntegrityError:  # another driver took it in the same moment
+                    row = session.scalar(query)
+                    assert row is not None
+            holder = Driver(
+                machine=row.machine, host=row.host, process=row.process, process_started_at=row.process_started_at
+            )
+            silent = now - row.renewed_at
+            if holder != driver and not holder.is_gone and silent <= EXPIRES_AFTER:
+                return holder, silent
+            for name, value in dataclasses.asdict(driver).items():
+                setattr(row, name, value)
+            row.renewed_at = now
+            return driver, timedelta()
+
+    def renew_lease(self, study: str, driver: Driver) -> bool:
+        """Say that the driver lives; False if another one has the study now."""
+        with self._writing() as session:
+            return _rows(session, update(Lease).where(*_held(study, driver)).values(renewed_at=_clock(session))) == 1
+
+    def release_lease(self, study: str, driver: Driver) -> None:
+        """Give the study free, if the driver still has it."""
+        with self._writing() as session:
+            _rows(session, delete(Lease).where(*_held(study, driver)))
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
@@ -244,8 +290,60 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _study_record(row: Study) -> StudyRecord:
-    return StudyRecord(name=row.name, created_at=row.created_at, space_yaml=row.space_yaml, identity=row.identity)
+def _clock(session: Session) -> datetime:
+    """The one clock that all drivers of a database see: its server's, or for a file this machine's."""
+    if session.get_bind().dialect.name == "sqlite":
+        return _now()
+    return session.scalars(select(func.now())).one()
+
+
+def _held(study: str, driver: Driver) -> list[ColumnElement[bool]]:
+    """The lease of the study, if the driver has it."""
+    return [
+        Lease.study_name == study,
+        Lease.machine == driver.machine,
+        Lease.process == driver.process,
+        Lease.process_started_at == driver.process_started_at,
+    ]
+
+
+def _rows(session: Session, statement: Update | Delete) -> int:
+    """Execute the statement; how many rows it has changed."""
+    result = session.execute(statement, execution_options={"synchronize_session": False})
+    assert isinstance(result, CursorResult)
+    return result.rowcount
+
+
+def _study_record(session: Session, row: Study) -> StudyRecord:
+    space = session.scalars(select(Space).where(Space.study_id == row.id).order_by(Space.version.desc())).first()
+    assert space is not None  # a study is made together with its first version
+    return StudyRecord(
+        name=row.name,
+        created_at=row.created_at,
+        space=SpaceRecord(
+            text=space.text,
+            model=None if space.model is None else ModelSpec(**space.model),
+            cluster=None if space.cluster is None else ClusterSpec.from_dict(space.cluster),
+        ),
+        space_version=space.version,
+        identity=row.identity,
+    )
+
+
+def _space_row(study_id: int, version: int, space: SpaceRecord) -> Space:
+    return Space(
+        study_id=study_id,
+        version=version,
+        created_at=_now(),
+        text=space.text,
+        model=None if space.model is None else {"name": space.model.name, "config": space.model.config},
+        cluster=None if space.cluster is None else space.cluster.to_dict(),
+    )
+
+
+def _space_version(session: Session, study_id: int) -> int:
+    """The newest version of a study's search space."""
+    return session.scalar(select(func.max(Space.version)).where(Space.study_id == study_id)) or 0
 
 
 def _trial_record(rows: Sequence[Row[Any]]) -> TrialRecord:
@@ -265,6 +363,7 @@ def _trial_record(rows: Sequence[Row[Any]]) -> TrialRecord:
         number=rows[0].trial_number,
         config=TrialConfig.from_dict(rows[0].config),
         source=rows[0].source,
+        space_version=rows[0].space_version,
         attempts=attempts,
     )
 

@@ -77,8 +77,35 @@ class Study(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(Text, unique=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    space_yaml: Mapped[str] = mapped_column(Text)
     identity: Mapped[str] = mapped_column(Text)
+
+
+class Space(Base):
+    """A search-space file of a study, as it was first used or later edited, with the model and cluster it named."""
+
+    __tablename__ = "spaces"
+    __table_args__ = (UniqueConstraint("study_id", "version"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"))
+    version: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    text: Mapped[str] = mapped_column(Text)
+    model: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    cluster: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+
+
+class Lease(Base):
+    """The one process that drives a study. A lease may be taken before the study is there."""
+
+    __tablename__ = "leases"
+
+    study_name: Mapped[str] = mapped_column(Text, primary_key=True)
+    machine: Mapped[str] = mapped_column(Text)
+    host: Mapped[str] = mapped_column(Text)
+    process: Mapped[int]
+    process_started_at: Mapped[float] = mapped_column(Double)
+    renewed_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
 class Trial(Base):
@@ -93,6 +120,7 @@ class Trial(Base):
     fingerprint: Mapped[str] = mapped_column(String(16))
     config: Mapped[dict[str, Any]] = mapped_column(JSON)
     source: Mapped[str] = mapped_column(String(16))
+    space_version: Mapped[int] = mapped_column(server_default="1")
 
 
 class Environment(Base):

@@ -16,15 +16,22 @@ from hypothesis import strategies as st
 from sqlalchemy import event
 
 from autotune.errors import StoreError
+from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import ENGINES, PRECISIONS, TrialConfig
+from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Phase, RankMeasurement
-from autotune.spec.record import AttemptState
+from autotune.spec.record import AttemptState, SpaceRecord
 from autotune.store.connect import journal_mode, mask_url
 from autotune.store.store import SqlStore, open_store
 
 
 def config(micro_batch_size: int = 1) -> TrialConfig:
     return TrialConfig(engine="pytorch", gpus=2, micro_batch_size=micro_batch_size, sequence_length=512)
+
+
+def space(text: str = "") -> SpaceRecord:
+    model = ModelSpec(name="tiny", config={"model_type": "qwen3", "hidden_size": 64})
+    return SpaceRecord(text=text, model=model, cluster=ClusterSpec(nodes=2, gpus_per_node=8, gpu=find_gpu("H100-80GB")))
 
 
 def measurement(ranks: int = 2, loss: float = 2.5) -> Measurement:
@@ -91,7 +98,7 @@ class TestStore:
 
     @pytest.fixture
     def study(self, store: SqlStore) -> str:
-        store.create_study("sft", "study: sft\n# é 漢\n", "0123abcd")
+        store.create_study("sft", space("study: sft\n# é 漢\n"), "0123abcd")
         return "sft"
 
     def test_a_new_store_is_empty(self, store: SqlStore) -> None:
@@ -104,26 +111,32 @@ class TestStore:
         assert "\n" not in str(caught.value)
 
     def test_studies_keep_everything_and_their_order(self, store: SqlStore) -> None:
-        created = [store.create_study(name, f"study: {name}\n# é 漢\n", name * 2) for name in ("b", "a")]
+        created = [store.create_study(name, space(f"study: {name}\n# é 漢\n"), name * 2) for name in ("b", "a")]
         assert store.studies() == created
         assert store.study("b") == created[0]
-        assert created[0].space_yaml == "study: b\n# é 漢\n"
+        assert (created[0].space, created[0].space_version) == (space("study: b\n# é 漢\n"), 1)
         assert created[0].identity == "bb"
         assert created[0].created_at.utcoffset() == timedelta(0)
         assert abs(datetime.now(UTC) - created[0].created_at) < timedelta(seconds=30)
 
     def test_a_taken_name_is_refused(self, store: SqlStore, study: str) -> None:
         with pytest.raises(StoreError, match=f"study '{study}' is in .* already"):
-            store.create_study(study, "", "")
+            store.create_study(study, space(), "")
 
     def test_the_space_can_be_edited(self, store: SqlStore, study: str) -> None:
-        store.create_study("other", "unchanged", "")
-        store.update_space(study, "edited")
-        assert [record.space_yaml for record in store.studies()] == ["edited", "unchanged"]
+        store.create_study("other", space("unchanged"), "")
+        first, _ = store.begin_attempt(study, config(1), "search")
+        assert store.add_space(study, space("edited")) == 2
+        store.begin_attempt(study, config(1), "search")
+        second, _ = store.begin_attempt(study, config(2), "search")
+        assert [record.space.text for record in store.studies()] == ["edited", "unchanged"]
+        assert [record.space_version for record in store.studies()] == [2, 1]
+        versions = {trial.number: trial.space_version for trial in store.trials(study)}
+        assert versions == {first: 1, second: 2}
 
     def test_unknown_study_lists_the_known(self, store: SqlStore, study: str) -> None:
         calls: list[Callable[[], object]] = [
-            lambda: store.update_space("nope", ""),
+            lambda: store.add_space("nope", space()),
             lambda: store.trials("nope"),
             lambda: store.begin_attempt("nope", config(), "search"),
             lambda: store.interrupt_running("nope"),
@@ -177,7 +190,7 @@ class TestStore:
         assert store.trials(study)[0].outcome == measurement()
 
     def test_studies_number_their_own_trials(self, store: SqlStore, study: str) -> None:
-        store.create_study("other", "", "")
+        store.create_study("other", space(), "")
         assert store.begin_attempt(study, config(1), "search")[0] == 1
         assert store.begin_attempt("other", config(1), "search")[0] == 1
         assert store.begin_attempt("other", config(2), "search")[0] == 2
@@ -193,7 +206,7 @@ class TestStore:
         assert store.trials(study)[0].outcome == measurement()
 
     def test_what_a_crash_left_running_is_interrupted(self, store: SqlStore, study: str) -> None:
-        store.create_study("other", "", "")
+        store.create_study("other", space(), "")
         _, elsewhere = store.begin_attempt("other", config(), "search")
         _, done = store.begin_attempt(study, config(1), "search")
         store.finish_attempt(done, measurement())
@@ -250,7 +263,7 @@ class TestStore:
     def test_two_tuners_may_open_one_new_store_at_once(self, store_url: str) -> None:
         with ThreadPoolExecutor(4) as threads:
             stores = list(threads.map(lambda _: open_store(store_url, create=True), range(4)))
-        stores[0].create_study("sft", "", "")
+        stores[0].create_study("sft", space(), "")
         assert all(store.study("sft") is not None for store in stores)
         for store in stores:
             store.close()
@@ -289,7 +302,7 @@ def _open_and_add(arguments: tuple[str, int]) -> int:
     with open_store(url, create=True) as store:
         if store.study("sft") is None:
             try:
-                store.create_study("sft", "", "")
+                store.create_study("sft", space(), "")
             except StoreError:
                 assert store.study("sft") is not None  # another process was first
         number, attempt = store.begin_attempt("sft", config(size), "search")
@@ -310,7 +323,7 @@ def test_ten_thousand_trials_load_within_five_seconds(tmp_path: Path) -> None:
     from autotune.store.tables import Attempt, Trial
 
     with open_store(f"sqlite:///{tmp_path}/autotune.db", create=True) as store:
-        store.create_study("sft", "", "")
+        store.create_study("sft", space(), "")
         outcome, now = measurement(ranks=8).to_dict(), datetime.now(UTC)
         many = [config(size) for size in range(1, 10_001)]
         with store._writing_engine.begin() as connection:
@@ -401,7 +414,7 @@ def test_bad_url_is_one_sentence_without_the_password(url: str, complaint: str) 
 def test_bad_files_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database\n" * 100)
     with open_store(f"sqlite:///{tmp_path}/torn.db", create=True) as store:
-        store.create_study("sft", "x" * 100_000, "")
+        store.create_study("sft", space("x" * 100_000), "")
     sqlite3.connect(tmp_path / "torn.db").execute("PRAGMA wal_checkpoint(TRUNCATE)").connection.close()
     whole = (tmp_path / "torn.db").read_bytes()
     (tmp_path / "torn.db").write_bytes(whole[:4096] + os.urandom(8192))
