@@ -28,6 +28,12 @@ def is_current(connection: Connection) -> bool:
     return schema_revision(connection) == ScriptDirectory.from_config(_alembic_config(connection)).get_current_head()
 
 
+def is_known(connection: Connection) -> bool:
+    """Whether the database has this version's schema or an earlier one."""
+    scripts = ScriptDirectory.from_config(_alembic_config(connection))
+    return schema_revision(connection) in {script.revision for script in scripts.walk_revisions()}
+
+
 def upgrade_schema(connection: Connection, shown_url: str) -> None:
     """Create or upgrade the tables within the caller's transaction; nothing to do is the usual case.
 
@@ -53,7 +59,7 @@ def upgrade_schema(connection: Connection, shown_url: str) -> None:
                 f"store {shown_url}: found tables of another program ({', '.join(foreign)});"
                 " give Autotune a database of its own"
             )
-    elif found not in {script.revision for script in scripts.walk_revisions()}:
+    elif not is_known(connection):
         raise StoreError(
             f"store {shown_url}: its schema {found} is newer than this Autotune knows ({newest});"
             " upgrade Autotune, or use another database"

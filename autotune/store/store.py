@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, CursorResult, Delete, Engine, Row, Update, delete, func, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from autotune.errors import StoreError
@@ -24,6 +25,9 @@ from autotune.store.connect import WRITES, connect, mask_url, parse_url, reporte
 from autotune.store.lease import EXPIRES_AFTER, Driver
 from autotune.store.migrate import is_current, schema_revision, upgrade_schema
 from autotune.store.tables import Attempt, Environment, Lease, Space, Study, Trial
+
+OUTAGE_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+"""Seconds between tries to store an outcome. A measurement costs GPU-minutes, and a database restarts in seconds."""
 
 
 def open_store(url: str, *, create: bool) -> "SqlStore":
@@ -183,15 +187,27 @@ class SqlStore:
             return trial.number, attempt.id
 
     def finish_attempt(self, attempt_id: int, outcome: Outcome) -> None:
-        """Keep what a running attempt found out.
+        """Keep what a running attempt found out. A database that is away is waited for, two minutes in all.
 
         Raises:
             StoreError: there is no such attempt, or it is not running.
         """
+        for pause in (*OUTAGE_PAUSES, None):
+            try:
+                self._finish_attempt(attempt_id, outcome)
+                return
+            except StoreError as error:
+                if pause is None or not isinstance(error.__cause__, OperationalError):
+                    raise
+                time.sleep(pause)
+
+    def _finish_attempt(self, attempt_id: int, outcome: Outcome) -> None:
         with self._writing() as session:
             attempt = session.scalar(select(Attempt).where(Attempt.id == attempt_id).with_for_update())
             if attempt is None:
                 raise StoreError(f"store {self.shown_url} has no attempt {attempt_id}; begin one before finishing it")
+            if attempt.outcome == json.loads(json.dumps(outcome.to_dict())):
+                return  # an earlier try got through, only its answer did not
             if attempt.state != AttemptState.RUNNING:
                 raise StoreError(
                     f"attempt {attempt_id} in {self.shown_url} is {attempt.state}, not running, so its outcome was not"

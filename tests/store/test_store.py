@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import event
+from sqlalchemy import Connection, event
+from sqlalchemy.exc import OperationalError
 
 from autotune.errors import StoreError
 from autotune.spec.cluster import ClusterSpec, find_gpu
@@ -21,6 +22,7 @@ from autotune.spec.config import ENGINES, PRECISIONS, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Phase, RankMeasurement
 from autotune.spec.record import AttemptState, SpaceRecord
+from autotune.store import store as store_module
 from autotune.store.connect import journal_mode, mask_url
 from autotune.store.store import SqlStore, open_store
 
@@ -133,6 +135,22 @@ class TestStore:
         assert [record.space_version for record in store.studies()] == [2, 1]
         versions = {trial.number: trial.space_version for trial in store.trials(study)}
         assert versions == {first: 1, second: 2}
+
+    def test_an_outcome_waits_for_a_database_that_is_away(
+        self, store: SqlStore, study: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store_module, "OUTAGE_PAUSES", (0.0, 0.0))
+        _, attempt = store.begin_attempt(study, config(), "search")
+        answers_lost = iter([True, False])
+
+        @event.listens_for(store._writing_engine, "commit")
+        def lose_the_answer(connection: Connection) -> None:
+            if next(answers_lost, False):
+                connection.connection.commit()
+                raise OperationalError("COMMIT", None, Exception("server closed the connection unexpectedly"))
+
+        store.finish_attempt(attempt, measurement())
+        assert store.trials(study)[0].outcome == measurement()
 
     def test_unknown_study_lists_the_known(self, store: SqlStore, study: str) -> None:
         calls: list[Callable[[], object]] = [
