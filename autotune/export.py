@@ -1,22 +1,29 @@
 """The best folder: files that the engineer's own tools take, each made from a trial that was measured.
 
-Every file is written by the translation that the trial itself used (`autotune.formats`). A file whose format cannot
-express the overall winner is made from the fastest trial that it can express, and says which trial that is.
+Every file is written by the translation that the trial itself used (`autotune.formats`) and checked by the library that
+will read it. A file whose format cannot express the overall winner is made from the fastest trial that it can express,
+and says which trial that is.
 """
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from autotune import __version__
-from autotune.errors import UsageError
-from autotune.formats.deepspeed_json import check_deepspeed, to_deepspeed
-from autotune.results import Best
+from autotune.errors import NothingFeasibleError, UsageError
+from autotune.formats.accelerate_yaml import DEEPSPEED_FILE, check_accelerate, to_accelerate
+from autotune.formats.deepspeed_json import check_deepspeed, to_deepspeed, to_hf_deepspeed
+from autotune.formats.targets import Target, cannot_express, left_to_script
+from autotune.formats.training_args import check_training_args, to_training_args
+from autotune.results import Best, fastest
 from autotune.space.space import Space
+from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Measurement
 from autotune.study import Study
 from autotune.units import format_bytes, format_rate, format_seconds
@@ -31,6 +38,95 @@ _TEMPLATES = Environment(
     keep_trailing_newline=True,
     autoescape=False,  # shell and Markdown, not HTML
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A foreign file that a trial's config can become."""
+
+    file: str
+    explanation: str
+    targets: tuple[Target, ...]
+    """Who reads it, the first directly: all of them must be able to express the config."""
+    write: Callable[[Study, Best], str]
+    """The file's text, accepted by the library that reads it."""
+    launch: Literal["", "trainer", "accelerate", "deepspeed"] = ""
+    """How launch.sh calls a start with this file."""
+    audience: str = ""
+    """Which scripts are started so."""
+
+    def refusal(self, config: TrialConfig, space: Space) -> str | None:
+        """Why the file cannot express `config`, or None when it can."""
+        reasons = (cannot_express(target, config, space.cluster.device) for target in self.targets)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def source(self, study: Study) -> Best | None:
+        """The winner, or else the fastest trial that the file can express; None when there is none."""
+        best = study.best()
+        if best is None or self.refusal(best.config, study.space) is None:
+            return best
+        able = [result for result in study.results if self.refusal(result.config, study.space) is None]
+        return fastest(able, study.space.file.memory_headroom)
+
+
+def _training_args(study: Study, source: Best) -> str:
+    document = to_training_args(source.config, study.space.workload, study.space.cluster.device)
+    check_training_args(document)
+    return _heading(study, source) + _yaml(document)
+
+
+def _hf_deepspeed(study: Study, source: Best) -> str:
+    # Its `auto`s mean nothing without the arguments: checking those checks it, filled in.
+    check_training_args(to_training_args(source.config, study.space.workload, study.space.cluster.device))
+    return _json(to_hf_deepspeed(source.config, study.space.workload))
+
+
+def _deepspeed(study: Study, source: Best) -> str:
+    document = to_deepspeed(source.config, study.space.workload)
+    check_deepspeed(document)
+    return _json(document)
+
+
+def _accelerate(study: Study, source: Best) -> str:
+    space = study.space
+    document = to_accelerate(source.config, _nodes(source.config, space), space.cluster.device)
+    check_accelerate(document)
+    return _heading(study, source) + _yaml(document)
+
+
+FORMATS = {
+    "training-args": Format(
+        file="training_args.yaml",
+        explanation="`TrainingArguments` of transformers' Trainer, DeepSpeed's settings included",
+        targets=("hf_trainer",),
+        write=_training_args,
+        launch="trainer",
+        audience="a script on transformers' Trainer that reads its TrainingArguments from a YAML file",
+    ),
+    "deepspeed-hf": Format(
+        file="ds_config.hf.json",
+        explanation="DeepSpeed configuration for the Trainer's `--deepspeed`; its `auto`s are the other arguments",
+        targets=("hf_trainer", "deepspeed"),
+        write=_hf_deepspeed,
+    ),
+    "deepspeed": Format(
+        file=DEEPSPEED_FILE,
+        explanation="DeepSpeed configuration with every number, for `deepspeed.initialize` and `accelerate launch`",
+        targets=("deepspeed",),
+        write=_deepspeed,
+        launch="deepspeed",
+        audience="a script that calls deepspeed.initialize with the arguments of deepspeed.add_config_arguments",
+    ),
+    "accelerate": Format(
+        file="accelerate.yaml",
+        explanation="configuration of `accelerate launch`",
+        targets=("accelerate",),
+        write=_accelerate,
+        launch="accelerate",
+        audience="a script on accelerate's Accelerator",
+    ),
+}
+"""By the names that `autotune export --format` takes, besides `best`."""
 
 
 def export_best(study: Study, out: Path) -> dict[str, Path]:
@@ -64,31 +160,121 @@ def export_best(study: Study, out: Path) -> dict[str, Path]:
     return {name: target / name for name in documents}
 
 
+def export_files(study: Study, fmt: str) -> dict[str, str]:
+    """The winner in one format, and what that file needs beside it.
+
+    Args:
+        study: may be one that is only read.
+        fmt: `best` or a key of `FORMATS`.
+
+    Returns:
+        File name to text.
+
+    Raises:
+        UsageError: there is no such format, or it cannot express the winner.
+        NothingFeasibleError: no trial is eligible.
+    """
+    if fmt != "best" and fmt not in FORMATS:
+        raise UsageError(f"format {fmt!r} does not exist; use one of {', '.join(['best', *FORMATS])}")
+    name, best = study.space.name, study.best()
+    if best is None:
+        raise NothingFeasibleError(f"study {name!r} has no eligible trial among its {len(study.results)} finished ones")
+    if fmt == "best":
+        return {"best.yaml": _yaml(_best_document(study, best))}
+    chosen = FORMATS[fmt]
+    reason = chosen.refusal(best.config, study.space)
+    if reason is not None:
+        raise UsageError(
+            f"format {fmt} cannot express trial {best.trial}, the winner of study {name!r}: {reason};"
+            " use another format, or list that target alone under `targets` in the search space"
+        )
+    files = {chosen.file: chosen.write(study, best)}
+    if fmt == "accelerate" and best.config.engine == "deepspeed":
+        files[DEEPSPEED_FILE] = FORMATS["deepspeed"].write(study, best)
+    return files
+
+
 def _documents(study: Study, best: Best) -> dict[str, str]:
     space = study.space
-    sources = {"best.yaml": best}
+    found = [(form, form.source(study)) for form in FORMATS.values()]
+    sources = [(form, source) for form, source in found if source is not None]
+    modes = [_mode(form, source, space) for form, source in sources if form.launch]
     documents = {"best.yaml": _yaml(_best_document(study, best))}
-    deepspeed = study.best(engine="deepspeed")
-    if deepspeed is not None:
-        document = to_deepspeed(deepspeed.config, space.workload)
-        check_deepspeed(document)
-        sources["ds_config.json"] = deepspeed
-        documents["ds_config.json"] = _json(document)
-        sources["launch.sh"] = deepspeed
-        documents["launch.sh"] = _launch_script(space, deepspeed)
-    documents["provenance.json"] = _json(_provenance(study, sources))
+    documents |= {form.file: form.write(study, source) for form, source in sources}
+    if modes:
+        documents["launch.sh"] = _TEMPLATES.get_template("launch.sh.j2").render(study=space.name, modes=modes)
+    trials = {"best.yaml": best} | {form.file: source for form, source in sources}
+    documents["provenance.json"] = _json(_provenance(study, trials))
     documents["README.md"] = _TEMPLATES.get_template("best_readme.md.j2").render(
         study=space.name,
         model=space.model.name,
         cluster=space.cluster.describe(),
         best=best,
-        deepspeed=deepspeed,
+        files=[
+            {
+                "name": form.file,
+                "source": source,
+                "explanation": form.explanation,
+                "reason": form.refusal(best.config, space),
+                "left_to_script": _left_to_script(form, source.config, space),
+            }
+            for form, source in sources
+        ],
+        missing=[
+            {"name": form.file, "reason": form.refusal(best.config, space)} for form, source in found if source is None
+        ],
+        modes=modes,
         baseline=study.baseline_outcome if isinstance(study.baseline_outcome, Measurement) else None,
         format_bytes=format_bytes,
         format_rate=format_rate,
         format_seconds=format_seconds,
     )
     return documents
+
+
+def _mode(form: Format, source: Best, space: Space) -> dict[str, Any]:
+    """What launch.sh and the README say of one way to start a script."""
+    nodes = _nodes(source.config, space)
+    ranks_per_node = source.config.gpus // nodes
+    torchrun = f"torchrun {'--standalone' if nodes == 1 else f'--nnodes {nodes} …'} --nproc-per-node {ranks_per_node}"
+    by_hand = {
+        "trainer": f"{torchrun} train.py {form.file}",
+        "accelerate": f"accelerate launch --config_file {form.file}{' …' if nodes > 1 else ''} train.py",
+        "deepspeed": f"{torchrun} train.py --deepspeed --deepspeed_config {form.file}",
+    }
+    return {
+        "name": form.launch,
+        "audience": form.audience,
+        "by_hand": by_hand[form.launch],
+        "trial": source.trial,
+        "describe": source.config.describe(),
+        "engine": source.config.engine,
+        "nodes": nodes,
+        "ranks_per_node": ranks_per_node,
+    }
+
+
+def _left_to_script(form: Format, config: TrialConfig, space: Space) -> list[str]:
+    todo = left_to_script(form.targets[0], config, space.workload)
+    if form is FORMATS["deepspeed-hf"]:
+        arguments = to_training_args(config, space.workload, space.cluster.device)
+        del arguments["deepspeed"]
+        todo.append(f"has the arguments `{', '.join(f'{name}={value!r}' for name, value in arguments.items())}`")
+    return todo
+
+
+def _nodes(config: TrialConfig, space: Space) -> int:
+    return -(-config.gpus // space.cluster.gpus_per_node)
+
+
+def _heading(study: Study, source: Best) -> str:
+    """Comments above a YAML file: what it is from, and for how many ranks it keeps the global batch."""
+    config, workload = source.config, study.space.workload
+    return (
+        f"# Study {study.space.name}, trial {source.trial}: {config.describe()}.\n"
+        f"# Global batch {workload.global_batch_size} = {config.data_parallel_size} ranks x {config.micro_batch_size}"
+        f" x {workload.gradient_accumulation_steps(config)} steps. How to use it: README.md\n"
+    )
 
 
 def _best_document(study: Study, best: Best) -> dict[str, Any]:
@@ -152,17 +338,6 @@ def _provenance(study: Study, sources: dict[str, Best]) -> dict[str, Any]:
             "confirmed": False,
         },
     }
-
-
-def _launch_script(space: Space, best: Best) -> str:
-    nodes = -(-best.config.gpus // space.cluster.gpus_per_node)
-    return _TEMPLATES.get_template("launch.sh.j2").render(
-        study=space.name,
-        trial=best.trial,
-        describe=best.config.describe(),
-        nodes=nodes,
-        gpus_per_node=best.config.gpus // nodes,
-    )
 
 
 def _json(document: Any) -> str:

@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 import yaml
 
-from autotune.errors import UsageError
-from autotune.export import export_best
-from autotune.formats.deepspeed_json import to_deepspeed
+from autotune.errors import NothingFeasibleError, UsageError
+from autotune.export import FORMATS, export_best, export_files
+from autotune.formats.accelerate_yaml import to_accelerate
+from autotune.formats.deepspeed_json import to_deepspeed, to_hf_deepspeed
+from autotune.formats.training_args import to_training_args
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Outcome
 from autotune.store.store import SqlStore, open_store
 from autotune.study import Study
 from tests.samples import failure, measurement, sample_space, simulate
+
+GPUS = {"nodes": 1, "gpus_per_node": 2, "gpu": "H100-80GB"}
 
 
 @pytest.fixture
@@ -34,29 +38,115 @@ def finished_study(tmp_path: Path, store: SqlStore, outcome: Callable[[TrialConf
     return study
 
 
-def test_every_file_names_a_measured_trial(tmp_path: Path, store: SqlStore) -> None:
-    def pytorch_is_faster(config: TrialConfig) -> Outcome:
-        return measurement(2000.0 if config.engine == "pytorch" else 100.0 * config.micro_batch_size)
+def test_every_file_is_from_the_winner_if_it_can_express_it(tmp_path: Path, store: SqlStore) -> None:
+    study = finished_study(tmp_path, store, simulate)
+    files = export_best(study, tmp_path / "out")
+    winner = study.best()
+    assert winner is not None
+    assert winner.config.engine == "deepspeed"
+    assert set(files) == {
+        "best.yaml",
+        "training_args.yaml",
+        "ds_config.hf.json",
+        "ds_config.json",
+        "accelerate.yaml",
+        "launch.sh",
+        "provenance.json",
+        "README.md",
+    }
+    sources = json.loads(files["provenance.json"].read_text())["files"]
+    assert {source["trial"] for source in sources.values()} == {winner.trial}
+    best = yaml.safe_load(files["best.yaml"].read_text())
+    assert TrialConfig.from_dict(best["config"]) == winner.config
+    workload = study.space.workload
+    assert json.loads(files["ds_config.json"].read_text()) == to_deepspeed(winner.config, workload)
+    assert json.loads(files["ds_config.hf.json"].read_text()) == to_hf_deepspeed(winner.config, workload)
+    arguments = yaml.safe_load(files["training_args.yaml"].read_text())
+    assert arguments == to_training_args(winner.config, workload, "cpu")
+    assert arguments["use_cpu"]
+    assert yaml.safe_load(files["accelerate.yaml"].read_text()) == to_accelerate(winner.config, 1, "cpu")
+    assert "cannot express" not in files["README.md"].read_text()
 
-    study = finished_study(tmp_path, store, pytorch_is_faster)
+
+def test_a_file_that_cannot_express_the_winner_is_from_the_fastest_trial_that_it_can(
+    tmp_path: Path, store: SqlStore
+) -> None:
+    def pytorch_is_faster(config: TrialConfig) -> Outcome:
+        return measurement((2000.0 if config.engine == "pytorch" else 100.0) * config.micro_batch_size)
+
+    search = {"engine": ["deepspeed", "pytorch"], "zero_stage": [0, 3], "micro_batch_size": [1, 2]}
+    study = finished_study(tmp_path, store, pytorch_is_faster, search=search, cluster=GPUS)
     files = export_best(study, tmp_path / "out")
     winner, of_deepspeed = study.best(), study.best(engine="deepspeed")
     assert winner is not None
     assert of_deepspeed is not None
     assert winner.config.engine == "pytorch"
-    best = yaml.safe_load(files["best.yaml"].read_text())
-    assert TrialConfig.from_dict(best["config"]) == winner.config
-    assert json.loads(files["ds_config.json"].read_text()) == to_deepspeed(of_deepspeed.config, study.space.workload)
     sources = json.loads(files["provenance.json"].read_text())["files"]
-    assert sources["best.yaml"]["trial"] == winner.trial
-    assert sources["ds_config.json"]["trial"] == sources["launch.sh"]["trial"] == of_deepspeed.trial
-    assert "cannot express" in files["README.md"].read_text()
+    trials = {name: source["trial"] for name, source in sources.items()}
+    assert trials == {
+        "best.yaml": winner.trial,
+        "training_args.yaml": winner.trial,
+        "accelerate.yaml": winner.trial,
+        "ds_config.hf.json": of_deepspeed.trial,
+        "ds_config.json": of_deepspeed.trial,
+    }
+    assert json.loads(files["ds_config.json"].read_text()) == to_deepspeed(of_deepspeed.config, study.space.workload)
+    assert "deepspeed" not in yaml.safe_load(files["training_args.yaml"].read_text())
+    readme = files["README.md"].read_text()
+    assert readme.count("It cannot express the winner (DeepSpeed does not run engine pytorch)") == 2
+    # The arguments that its `auto`s stand for are in no other file.
+    assert "`per_device_train_batch_size=2, gradient_accumulation_steps=4," in readme
 
 
 def test_without_a_deepspeed_trial_there_is_no_deepspeed_file(tmp_path: Path, store: SqlStore) -> None:
     search = {"engine": "pytorch", "zero_stage": [0, 3], "micro_batch_size": [1, 2]}
+    study = finished_study(tmp_path, store, simulate, search=search, baseline=..., cluster=GPUS)
+    files = export_best(study, tmp_path / "out")
+    common = {"best.yaml", "launch.sh", "provenance.json", "README.md"}
+    assert set(files) == common | {"training_args.yaml", "accelerate.yaml"}
+    assert "ds_config" not in files["launch.sh"].read_text()
+
+
+def test_what_nothing_can_express_has_only_the_files_of_autotune(tmp_path: Path, store: SqlStore) -> None:
+    search = {"engine": "pytorch", "zero_stage": 3, "micro_batch_size": [1, 2]}
     study = finished_study(tmp_path, store, simulate, search=search, baseline=...)
-    assert set(export_best(study, tmp_path / "out")) == {"best.yaml", "provenance.json", "README.md"}
+    files = export_best(study, tmp_path / "out")
+    assert set(files) == {"best.yaml", "provenance.json", "README.md"}
+    assert (
+        "There is no `training_args.yaml`: it can express no trial (accelerate shards" in files["README.md"].read_text()
+    )
+    with pytest.raises(UsageError, match=r"training-args cannot express trial \d+.*on GPUs alone"):
+        export_files(study, "training-args")
+
+
+def test_each_format_alone(tmp_path: Path, store: SqlStore) -> None:
+    study = finished_study(tmp_path, store, simulate)
+    folder = {name: path.read_text() for name, path in export_best(study, tmp_path / "out").items()}
+    only_read = Study(study.space, store, store.trials("sample"))
+    names = {
+        "best": {"best.yaml"},
+        "training-args": {"training_args.yaml"},
+        "deepspeed-hf": {"ds_config.hf.json"},
+        "deepspeed": {"ds_config.json"},
+        "accelerate": {"accelerate.yaml", "ds_config.json"},  # the one names the other
+    }
+    assert set(names) == {"best", *FORMATS}
+    for fmt, expected in names.items():
+        assert export_files(only_read, fmt) == {name: folder[name] for name in expected}
+
+
+def test_a_format_is_refused_not_approximated(tmp_path: Path, store: SqlStore) -> None:
+    search = {"engine": ["deepspeed", "pytorch"], "zero_stage": 0, "micro_batch_size": [1, 2]}
+    study = finished_study(
+        tmp_path, store, lambda c: measurement(2.0 if c.engine == "pytorch" else 1.0), search=search, baseline=...
+    )
+    for fmt in ("deepspeed", "deepspeed-hf"):
+        with pytest.raises(UsageError, match=rf"format {fmt} cannot express .*DeepSpeed does not run engine pytorch"):
+            export_files(study, fmt)
+    with pytest.raises(UsageError, match="mpirun"):
+        export_files(study, "accelerate")
+    with pytest.raises(UsageError, match="'axolotl' does not exist; use one of best, training-args"):
+        export_files(study, "axolotl")
 
 
 def test_the_same_study_gives_the_same_bytes_and_replaces_the_old_folder(tmp_path: Path, store: SqlStore) -> None:
@@ -73,6 +163,8 @@ def test_nothing_is_written_without_an_eligible_trial(tmp_path: Path, store: Sql
     study = finished_study(tmp_path, store, lambda _: failure())
     assert export_best(study, tmp_path / "out") == {}
     assert not (tmp_path / "out").exists()
+    with pytest.raises(NothingFeasibleError, match="no eligible trial"):
+        export_files(study, "best")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, store: SqlStore) -> None:
@@ -82,24 +174,59 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, store: SqlStore) -> Non
         export_best(study, tmp_path / "out")
 
 
-def test_the_launch_script_starts_the_measured_number_of_ranks(tmp_path: Path, store: SqlStore) -> None:
-    study = finished_study(tmp_path, store, simulate)
-    script = export_best(study, tmp_path / "out")["launch.sh"]
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Runs a launch script with launchers that print how they were called."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (tools / "torchrun").chmod(0o755)
+    for name in ("torchrun", "accelerate"):
+        (tools / name).write_text('#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@"\n')
+        (tools / name).chmod(0o755)
     path = f"{tools}:{Path(shutil.which('bash') or '/bin/bash').parent}:/usr/bin:/bin"
-    ran = subprocess.run([script, "train.py", "--mine"], env={"PATH": path}, capture_output=True, text=True, check=True)
-    arguments = ran.stdout.splitlines()
-    assert arguments[:3] == ["--standalone", "--nproc-per-node", "2"]
-    assert arguments[3:] == [
-        "train.py",
-        "--mine",
-        "--deepspeed",
-        "--deepspeed_config",
-        str(script.parent / "ds_config.json"),
-    ]
-    bare = subprocess.run([script], env={"PATH": path}, capture_output=True, text=True, check=False)
-    assert bare.returncode != 0
-    assert "name the training script" in bare.stderr
+
+    def run(*command: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [str(part) for part in command], env={"PATH": path, **environment}, capture_output=True, text=True
+        )
+
+    return run
+
+
+def test_the_launch_script_starts_the_measured_number_of_ranks(
+    tmp_path: Path, store: SqlStore, launch: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    script = export_best(finished_study(tmp_path, store, simulate), tmp_path / "out")["launch.sh"]
+    script = script.parent.rename(tmp_path / "moved away") / "launch.sh"
+    here = script.parent
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2", "train.py"]
+    for mode, command in (
+        ("trainer", [*torchrun, f"{here}/training_args.yaml", "--mine", "a b"]),
+        ("deepspeed", [*torchrun, "--mine", "a b", "--deepspeed", "--deepspeed_config", f"{here}/ds_config.json"]),
+        (
+            "accelerate",
+            [
+                *("accelerate", "launch", "--config_file", f"{here}/accelerate.yaml"),
+                *("--deepspeed_config_file", f"{here}/ds_config.json", "--main_process_port", "0"),
+                *("train.py", "--mine", "a b"),
+            ],
+        ),
+    ):
+        assert launch(script, mode, "train.py", "--mine", "a b").stdout.splitlines() == command
+    for wrong in ([], ["trainer"], ["train.py", "--mine"]):
+        ran = launch(script, *wrong)
+        assert ran.returncode == 2
+        assert "trainer|deepspeed|accelerate train.py" in ran.stderr
+
+
+def test_on_several_nodes_the_launch_script_asks_which_one_this_is(
+    tmp_path: Path, store: SqlStore, launch: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    cluster, workload = {**GPUS, "nodes": 2}, {"global_batch_size": 32, "sequence_length": 64}
+    study = finished_study(tmp_path, store, simulate, cluster=cluster, workload=workload)
+    script = export_best(study, tmp_path / "out")["launch.sh"]
+    for mode in ("trainer", "deepspeed", "accelerate"):
+        assert "NODE_RANK" in launch(script, mode, "train.py").stderr
+        command = launch(script, mode, "train.py", NODE_RANK="1", MASTER_ADDR="10.0.0.1").stdout
+        assert "10.0.0.1\n" in command
+        assert "\n1\n" in command
+    assert yaml.safe_load((script.parent / "accelerate.yaml").read_text())["num_machines"] == 2

@@ -1,17 +1,16 @@
 """DeepSpeed's JSON: the one translation of a `TrialConfig`, used by the trial and by the export.
 
-Every number is explicit. Nothing here serves only a CPU run: what a CPU needs besides is an overlay of
+`to_deepspeed` makes every number explicit; `to_hf_deepspeed` is the same document with `auto` where the Hugging Face
+Trainer has an argument of its own. Nothing here serves only a CPU run: what a CPU needs besides is an overlay of
 `autotune.engines.deepspeed` and is never exported. `train_batch_size` is left out, because DeepSpeed asserts it against
 a world size that does not exist where a file is checked.
 """
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import ValidationError
-
 from autotune.errors import UsageError
+from autotune.formats.foreign import Recording, asking, one_line
 from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.workload import Workload
 
@@ -91,6 +90,35 @@ def to_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
     return document
 
 
+TRAINER_KEYS = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+    "fp16.enabled",
+    "optimizer.params.lr",
+    "optimizer.params.weight_decay",
+    "optimizer.params.betas",
+    "optimizer.params.eps",
+)
+"""Keys for which the Trainer has an argument. It fills in `auto`, and refuses a number that is not its argument's."""
+
+
+def to_hf_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
+    """`to_deepspeed`, leaving to the Trainer's arguments what they decide.
+
+    Bucket sizes are no such thing: `auto` would have the Trainer put numbers there that no trial measured.
+
+    Raises:
+        UsageError: see `to_deepspeed`.
+        ValueError: the global batch does not divide.
+    """
+    document = to_deepspeed(config, workload)
+    for key in TRAINER_KEYS:
+        set_dotted(document, key, "auto")
+    return document
+
+
 def set_dotted(document: dict[str, Any], key: str, value: Any) -> None:
     """Set `a.b.c` in nested dictionaries, making the sections on the way.
 
@@ -109,19 +137,20 @@ def check_deepspeed(document: dict[str, Any]) -> None:
     """Load `document` the way DeepSpeed does, and refuse what DeepSpeed would silently ignore.
 
     DeepSpeed validates the sections that are pydantic models, and reads everything else key by key with a default: a
-    typo at the top level, or `activation_checkpointing.enabled`, changes nothing and says nothing. Which keys it reads
-    is not written down anywhere, so the document is handed over in dictionaries that record what is asked of them.
+    typo at the top level, or `activation_checkpointing.enabled`, changes nothing and says nothing.
 
     Raises:
         UsageError: DeepSpeed refuses the document or does not know a key.
     """
-    load = _deepspeed_config_class()
-    recording = _Recording(document)
-    try:
-        load(recording)
-    except Exception as error:  # DeepSpeed raises asserts, ValueErrors, pydantic's and its own
-        raise UsageError(f"DeepSpeed refuses the config: {_one_line(error)}") from error
-    for key in recording.unread():
+    recording = Recording(document)
+    with asking():
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        try:
+            DeepSpeedConfig(recording)
+        except Exception as error:  # DeepSpeed raises asserts, ValueErrors, pydantic's and its own
+            raise UsageError(f"DeepSpeed refuses the config: {one_line(error)}") from error
+    for key in _ignored(recording):
         raise UsageError(f"DeepSpeed does not know the key {key} and would ignore it; remove it or correct its name")
 
 
@@ -138,22 +167,6 @@ def deepspeed_key_error(key: str, value: Scalar) -> str | None:
     return None
 
 
-def _deepspeed_config_class() -> Callable[[dict[str, Any]], object]:
-    """DeepSpeed's own loader, imported without touching a GPU.
-
-    Importing DeepSpeed looks for an accelerator, and would initialise CUDA in a process that must not. The variable
-    that prevents it is taken back at once: Ray's workers inherit the environment, and they do want the GPU.
-    """
-    given = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = given or "cpu"
-    try:
-        from deepspeed.runtime.config import DeepSpeedConfig
-    finally:
-        if given is None:
-            del os.environ["DS_ACCELERATOR"]
-    return DeepSpeedConfig  # type: ignore[no-any-return]
-
-
 def _not_free(key: str) -> str | None:
     for owned, remedy in OWNED_KEYS.items():
         if key == owned or key.startswith(f"{owned}.") or owned.startswith(f"{key}."):
@@ -163,41 +176,14 @@ def _not_free(key: str) -> str | None:
     return None
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
-    return " ".join(str(error).split())
+def _ignored(recording: Recording) -> Iterator[str]:
+    """Dotted keys that DeepSpeed did not ask for.
 
-
-class _Recording(dict[str, Any]):
-    """A dictionary that remembers which of its keys were asked for, its sections too."""
-
-    def __init__(self, document: dict[str, Any]) -> None:
-        super().__init__(
-            {key: _Recording(value) if isinstance(value, dict) else value for key, value in document.items()}
-        )
-        self._read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self._read.add(key)
-        return super().__getitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        self._read.add(str(key))
-        return super().__contains__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self._read.add(key)
-        return super().get(key, default)
-
-    def unread(self) -> Iterator[str]:
-        """Dotted keys that nobody asked for.
-
-        A section of which no key was asked went into a pydantic model whole, which has refused what it does not know.
-        So did `zero_optimization`, although DeepSpeed looks at a few of its keys before.
-        """
-        for key, value in self.items():
-            if key not in self._read:
-                yield key
-            elif isinstance(value, _Recording) and value._read and key != "zero_optimization":
-                yield from (f"{key}.{inner}" for inner in value.unread())
+    A section of which no key was asked went into a pydantic model whole, which has refused what it does not know. So
+    did `zero_optimization`, although DeepSpeed looks at a few of its keys before.
+    """
+    yield from recording.ignored
+    for key in recording.given:
+        section = dict.__getitem__(recording, key)
+        if isinstance(section, Recording) and section.asked and key != "zero_optimization":
+            yield from (f"{key}.{inner}" for inner in _ignored(section))

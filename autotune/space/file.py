@@ -1,23 +1,32 @@
 """The search-space file: a YAML document, validated key by key."""
 
 import re
+import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from autotune.errors import InvalidSpaceError
+from autotune.errors import InvalidSpaceError, shown
+from autotune.formats.targets import TARGETS, Target
 from autotune.spec.config import ActivationCheckpointing, Attention, Engine, Offload, Precision, Scalar
 from autotune.units import format_bytes, parse_bytes
 
-MAX_FILE_BYTES = 1024 * 1024
+MAX_FILE_BYTES = 64 * 1024
+MAX_YAML_NODES = 100_000
+"""A file of this size cannot have so many; aliases of aliases can."""
+MAX_AXIS_VALUES = 1000
+MAX_COUNT = 10**9
 
 T = TypeVar("T")
 
 
 def _listed(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [value]
+    if len(values) > MAX_AXIS_VALUES:
+        raise ValueError(f"an axis has at most {MAX_AXIS_VALUES} values, not {len(values)}")
+    return values
 
 
 def _distinct(values: list[T]) -> list[T]:
@@ -40,12 +49,27 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Number = Annotated[Scalar, BeforeValidator(_number)]
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+def _printable(value: str) -> str:
+    if not value or len(value) > 500 or not value.isprintable():
+        raise ValueError("text is 1 to 500 printable characters on one line")
+    return value
+
+
+def _bounded(value: Scalar) -> Scalar:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("a whole number has at most 64 bits")
+    return _printable(value) if isinstance(value, str) else value
+
+
+Number = Annotated[Scalar, BeforeValidator(_number), AfterValidator(_bounded)]
+Real = Annotated[float, BeforeValidator(_number), Field(strict=True)]
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
+AtLeastTwo = Annotated[int, Field(ge=2, le=MAX_COUNT, strict=True)]
+Name = Annotated[str, AfterValidator(_printable)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ClusterFile(_Strict):
@@ -53,7 +77,7 @@ class ClusterFile(_Strict):
 
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt
-    gpu: str
+    gpu: Name
     memory_bytes: Annotated[int, BeforeValidator(parse_bytes)] | None = None
 
 
@@ -62,9 +86,9 @@ class WorkloadFile(_Strict):
 
     global_batch_size: PositiveInt
     sequence_length: PositiveInt
-    learning_rate: Annotated[float, BeforeValidator(_number), Field(gt=0)] = 1e-5
-    weight_decay: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 0.0
-    max_gradient_norm: Annotated[float, BeforeValidator(_number), Field(gt=0)] = 1.0
+    learning_rate: Annotated[Real, Field(gt=0)] = 1e-5
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    max_gradient_norm: Annotated[Real, Field(gt=0)] = 1.0
 
 
 class ObjectiveFile(_Strict):
@@ -82,10 +106,10 @@ class SearchFile(_Strict):
     zero_stage: Axis[Annotated[int, Field(ge=0, le=3, strict=True)]] = [0, 1, 2, 3]
     offload: Axis[Offload] = ["none"]
     activation_checkpointing: Axis[ActivationCheckpointing] = ["none", "full"]
-    selective_every: Axis[Annotated[int, Field(ge=2, strict=True)]] = [2]
+    selective_every: Axis[AtLeastTwo] = [2]
     micro_batch_size: Axis[PositiveInt] = [1, 2, 4, 8, 16]
     attention: Axis[Attention] = ["sdpa"]
-    deepspeed: dict[str, Axis[Number]] = {}
+    deepspeed: dict[Name, Axis[Number]] = {}
 
 
 class BaselineFile(_Strict):
@@ -97,40 +121,43 @@ class BaselineFile(_Strict):
     zero_stage: Annotated[int, Field(ge=0, le=3, strict=True)] | None = None
     offload: Offload | None = None
     activation_checkpointing: ActivationCheckpointing | None = None
-    selective_every: Annotated[int, Field(ge=2, strict=True)] | None = None
+    selective_every: AtLeastTwo | None = None
     micro_batch_size: PositiveInt | None = None
     attention: Attention | None = None
-    deepspeed: dict[str, Number] = {}
+    deepspeed: dict[Name, Number] = {}
 
 
 class BudgetFile(_Strict):
     """When the study ends. Each limit is optional but the number of trials."""
 
     trials: PositiveInt
-    minutes: Annotated[float, Field(gt=0)] | None = None
-    gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    trial_seconds: Annotated[float, Field(gt=0)] = 600.0
+    minutes: Annotated[Real, Field(gt=0)] | None = None
+    gpu_hours: Annotated[Real, Field(gt=0)] | None = None
+    trial_seconds: Annotated[Real, Field(gt=0)] = 600.0
 
 
 class MeasureFile(_Strict):
     """How a trial measures."""
 
     warmup: PositiveInt = 1
-    micro_steps: Annotated[int, Field(ge=2, strict=True)] = 6
+    micro_steps: AtLeastTwo = 6
 
 
 class SpaceFile(_Strict):
     """The whole document."""
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-    model: str
+    model: Name
     weights: Literal["random"] = "random"
     task: Literal["train"] = "train"
     method: Literal["full"] = "full"
+    targets: Axis[Target] = list(TARGETS)
+    """Who must be able to run the winner: a config is searched if at least one of them can express it. All of them
+    together express every config that a trial can run; name the one that you use to search no other."""
     cluster: Literal["auto"] | ClusterFile = "auto"
     workload: WorkloadFile
     objective: ObjectiveFile = ObjectiveFile()
-    memory_headroom: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    memory_headroom: Annotated[Real, Field(ge=0, lt=1)] = 0.06
     search: SearchFile
     baseline: BaselineFile | None = None
     budget: BudgetFile
@@ -147,10 +174,13 @@ def read_space_file(path: Path) -> tuple[SpaceFile, str]:
         InvalidSpaceError: the file is missing, unreadable, no YAML mapping, or some key is wrong.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # a pipe or a device may never end
+            raise InvalidSpaceError(f"{path}: cannot be read (no regular file); name a search-space file")
+        if found.st_size > MAX_FILE_BYTES:
             raise InvalidSpaceError(
-                f"{path}: found {format_bytes(size)}, but a search space is at most {format_bytes(MAX_FILE_BYTES)}"
+                f"{path}: found {format_bytes(found.st_size)}, but a search space is at most"
+                f" {format_bytes(MAX_FILE_BYTES)}"
             )
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -167,11 +197,13 @@ def parse_space(text: str, where: str) -> SpaceFile:
         InvalidSpaceError: it is no YAML mapping, or some key is wrong.
     """
     try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        document = _load_yaml(text)
+    except RecursionError:
+        raise InvalidSpaceError(f"{where}: is nested too deeply; a search space has three levels") from None
+    except Exception as error:  # of PyYAML and, for a tag that does not fit its value, IndexError, KeyError and others
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200] or type(error).__name__
         raise InvalidSpaceError(f"{where}{line}: is not valid YAML ({problem})") from None
     if not isinstance(document, dict):
         raise InvalidSpaceError(f"{where}: found {type(document).__name__}, but a search space is a mapping of keys")
@@ -181,12 +213,50 @@ def parse_space(text: str, where: str) -> SpaceFile:
         raise InvalidSpaceError(f"{where}: {_sentence(error)}") from None
 
 
+def _load_yaml(text: str) -> Any:
+    """`yaml.safe_load`, but a key stands once in its mapping, and aliases cannot multiply without bound."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _weigh(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _weigh(node: yaml.Node, weights: dict[int, int]) -> int:
+    """How many nodes `node` has when its aliases are written out; `weights` holds those of nodes already weighed."""
+    if id(node) in weights:
+        return weights[id(node)]
+    weights[id(node)] = MAX_YAML_NODES  # while it is weighed: an anchor that contains itself is endless
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {shown(key.value)} is given twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value))
+    weights[id(node)] = weight = 1 + sum(_weigh(child, weights) for child in children)
+    if weight > MAX_YAML_NODES:
+        raise yaml.MarkedYAMLError(problem="aliases repeat too much", problem_mark=node.start_mark)
+    return weight
+
+
 def _sentence(error: ValidationError) -> str:
     """The first complaint as one line: key, what was found, what is allowed."""
     # A union reports one complaint per member; the longest path is the member that the user meant.
-    first = max(error.errors(), key=lambda item: (-_document_order(error, item), len(item["loc"])))
+    complaints = error.errors(include_url=False)
+    top = complaints[0]["loc"][:1]
+    first = max((item for item in complaints if item["loc"][:1] == top), key=lambda item: len(item["loc"]))
     names = [part for part in first["loc"] if isinstance(part, int) or not _is_union_label(str(part))]
-    key = ".".join(str(part) for part in names) or "document"
+    key = ".".join(_name(part) for part in names) or "document"
     more = error.error_count() - 1
     others = f" ({more} more problem{'s' if more > 1 else ''} in this file)" if more else ""
     if first["type"] == "extra_forbidden":
@@ -196,15 +266,13 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key}: is missing{others}"
     message = first["msg"].removeprefix("Value error, ")
-    found = repr(first["input"])
-    found = found if len(found) <= 80 else f"{found[:77]}..."
-    return f"{key}: found {found}; {message[0].lower()}{message[1:]}{others}"
+    return f"{key}: found {shown(first['input'])}; {message[0].lower()}{message[1:]}{others}"
 
 
-def _document_order(error: ValidationError, item: Any) -> int:
-    top = str(item["loc"][0]) if item["loc"] else ""
-    tops = [str(other["loc"][0]) if other["loc"] else "" for other in error.errors()]
-    return tops.index(top)
+def _name(part: int | str) -> str:
+    """A key for people; what YAML lets people write as one is endless."""
+    text = str(part)
+    return text if len(text) <= 80 and text.isprintable() else shown(text)
 
 
 def _is_union_label(part: str) -> bool:

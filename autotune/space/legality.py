@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from autotune.formats.targets import Target, no_target
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
@@ -10,13 +11,15 @@ from autotune.spec.workload import Workload
 Rule = Callable[[TrialConfig, Workload, ModelSpec, ClusterSpec], str | None]
 
 
-def refusal(config: TrialConfig, workload: Workload, model: ModelSpec, cluster: ClusterSpec) -> str | None:
-    """Why the config is illegal, or None when it is legal."""
+def refusal(
+    config: TrialConfig, workload: Workload, model: ModelSpec, cluster: ClusterSpec, targets: tuple[Target, ...]
+) -> str | None:
+    """Why the config is illegal, or None when it is legal: it can run, and one of `targets` can run it afterwards."""
     for rule in RULES:
         reason = rule(config, workload, model, cluster)
         if reason is not None:
             return reason
-    return None
+    return no_target(targets, config)
 
 
 def deepspeed_key_applies(key: str, config: TrialConfig) -> bool:

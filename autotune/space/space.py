@@ -3,14 +3,23 @@
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from autotune.errors import InvalidSpaceError, NothingFeasibleError, StoreError
+from autotune.errors import (
+    InvalidModelError,
+    InvalidSpaceError,
+    NothingFeasibleError,
+    StoreError,
+    UnknownHardwareError,
+    shown,
+)
 from autotune.space.file import SpaceFile, parse_space, read_space_file
 from autotune.space.legality import deepspeed_key_applies, refusal
 from autotune.spec.cluster import ClusterSpec, find_gpu
@@ -18,6 +27,9 @@ from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.record import SpaceRecord, StudyRecord
 from autotune.spec.workload import MeasureSettings, Workload
+
+MAX_COMBINATIONS = 500_000
+"""Each is made and judged in Python, at about 30 microseconds and one kilobyte."""
 
 NOT_APPLICABLE = "n/a"
 """Value of an axis that does nothing under the other axes' values."""
@@ -105,7 +117,7 @@ class Space:
 
     def refusal(self, config: TrialConfig) -> str | None:
         """Why the config is illegal, or None."""
-        return refusal(config, self.workload, self.model, self.cluster)
+        return refusal(config, self.workload, self.model, self.cluster, tuple(self.file.targets))
 
     def __contains__(self, config: TrialConfig) -> bool:
         """Whether the config is a legal candidate of these axes."""
@@ -142,20 +154,22 @@ class Space:
         for config in self.candidates:
             for axis, value in self.values(config).items():
                 used[axis].add(value)
-        dropped = []
+        reasons: dict[tuple[str, Scalar], Counter[str]] = {}
         for axis, values in self.axes.items():
             if axis.partition(".")[0] not in self.file.search.model_fields_set:
                 continue  # our own default, which nobody asked for
-            for value in values:
-                if value in used[axis] or (axis == "selective_every" and used[axis] == {NOT_APPLICABLE}):
-                    continue
-                refused = [c for c in self.combinations() if self.values(c)[axis] == value]
-                reasons = Counter(self.refusal(config) or "" for config in refused)
-                reason = (
-                    reasons.most_common(1)[0][0] if reasons else "it applies to none of the engines and stages listed"
-                )
-                dropped.append(Dropped(axis, value, reason))
-        return tuple(dropped)
+            if axis == "selective_every" and used[axis] == {NOT_APPLICABLE}:
+                continue
+            reasons |= {(axis, value): Counter() for value in values if value not in used[axis]}
+        if reasons:
+            for config in self.combinations():
+                for pair in self.values(config).items():
+                    if pair in reasons:
+                        reasons[pair][self.refusal(config) or ""] += 1
+        nowhere = "it applies to none of the engines and stages listed"
+        return tuple(
+            Dropped(*pair, counts.most_common(1)[0][0] if counts else nowhere) for pair, counts in reasons.items()
+        )
 
     @cached_property
     def baseline(self) -> TrialConfig | None:
@@ -180,21 +194,23 @@ def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
         cluster: the hardware, for files that say `cluster: auto`; ignored by the others.
 
     Raises:
-        InvalidSpaceError: the file is wrong.
+        InvalidSpaceError: the file is wrong, or its axes have too many combinations.
         InvalidModelError: the model cannot be found.
         UnknownHardwareError: the GPU is not in the table.
         NothingFeasibleError: no combination of the axes is legal.
     """
     file, text = read_space_file(path)
     where = str(path)
-    model = load_model(file.model, path.parent)
+    with _naming(where):
+        model = load_model(file.model, path.parent)
     if file.cluster == "auto":
         if cluster is None:
             raise InvalidSpaceError(
                 f"{where}: cluster: found 'auto', which needs a cluster to ask; state nodes, gpus_per_node, gpu"
             )
     else:
-        gpu = find_gpu(file.cluster.gpu)
+        with _naming(where):
+            gpu = find_gpu(file.cluster.gpu)
         memory_bytes = file.cluster.memory_bytes or gpu.memory_bytes
         if memory_bytes is None:
             raise InvalidSpaceError(
@@ -203,8 +219,9 @@ def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
         cluster = ClusterSpec(
             nodes=file.cluster.nodes, gpus_per_node=file.cluster.gpus_per_node, gpu=gpu, memory_bytes=memory_bytes
         )
-    _check_deepspeed_keys(file, where)
     space = _space(file, text, where, model, cluster)
+    _check_size(space)
+    _check_deepspeed_keys(file, where)
     if not space.candidates:
         reason, count = space.illegal.most_common(1)[0]
         raise NothingFeasibleError(
@@ -244,6 +261,26 @@ def _space(file: SpaceFile, text: str, where: str, model: ModelSpec, cluster: Cl
     return Space(file=file, text=text, where=where, model=model, cluster=cluster, workload=workload, axes=axes)
 
 
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Say which file names the model or the GPU that is refused."""
+    try:
+        yield
+    except (InvalidModelError, UnknownHardwareError) as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _check_size(space: Space) -> None:
+    combinations = math.prod(len(values) for values in space.axes.values())
+    if combinations > MAX_COMBINATIONS:
+        longest = sorted(space.axes, key=lambda axis: len(space.axes[axis]), reverse=True)[:3]
+        count = f"{combinations:,}" if combinations < 10**15 else "more than a quadrillion"
+        raise InvalidSpaceError(
+            f"{space.where}: search: the axes have {count} combinations, but at most {MAX_COMBINATIONS:,} are searched;"
+            f" shorten {', '.join(f'{axis[:80]} ({len(space.axes[axis])} values)' for axis in longest)}"
+        )
+
+
 def _check_deepspeed_keys(file: SpaceFile, where: str) -> None:
     # DeepSpeed is heavy: it is asked only when the file names keys of it.
     stated = [
@@ -258,4 +295,4 @@ def _check_deepspeed_keys(file: SpaceFile, where: str) -> None:
     for place, key, value in stated:
         reason = deepspeed_key_error(key, value)
         if reason is not None:
-            raise InvalidSpaceError(f"{where}: {place}: found {value!r}; {reason}")
+            raise InvalidSpaceError(f"{where}: {place[:120]}: found {shown(value)}; {reason[:300]}")

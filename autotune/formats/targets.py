@@ -1,0 +1,78 @@
+"""The targets: who must be able to run the winner, what each of them cannot express, and what it leaves to the script.
+
+The search asks before a trial and the export asks after it, so that what is exported was measured and what is measured
+can be exported.
+
+A target is a way of running, not only a file. The attention kernel and the dtype of the weights are chosen where the
+script loads its model, under every target; so is activation checkpointing, except under the Trainer, which has
+arguments for it.
+"""
+
+from typing import Literal, get_args
+
+from autotune.formats.training_args import checkpointing_argument
+from autotune.spec.cluster import Device
+from autotune.spec.config import TrialConfig
+from autotune.spec.workload import Workload
+
+Target = Literal["hf_trainer", "accelerate", "deepspeed"]
+"""`hf_trainer`: transformers' Trainer with training_args.yaml. `accelerate`: a script on accelerate's `Accelerator`
+with accelerate.yaml. `deepspeed`: a script that calls `deepspeed.initialize` with ds_config.json."""
+
+TARGETS: tuple[Target, ...] = get_args(Target)
+
+
+def cannot_express(target: Target, config: TrialConfig, device: Device) -> str | None:
+    """Why `target` cannot run `config` as it was measured, or None when it can."""
+    if target == "deepspeed":
+        return None if config.engine == "deepspeed" else f"DeepSpeed does not run engine {config.engine}"
+    if device == "cpu":
+        return _not_on_cpu(target, config)
+    return None
+
+
+def no_target(targets: tuple[Target, ...], config: TrialConfig) -> str | None:
+    """Why none of `targets` can run `config`, or None when one can.
+
+    On GPUs, whatever the study runs on: a study on CPUs rehearses one on GPUs.
+    """
+    reasons = [cannot_express(target, config, "cuda") for target in targets]
+    found = [reason for reason in reasons if reason is not None]
+    return f"no target can run it: {'; '.join(found)}" if len(found) == len(reasons) else None
+
+
+def _not_on_cpu(target: Target, config: TrialConfig) -> str | None:
+    """What accelerate, which the Trainer stands on, does not do without a GPU (accelerate 1.15, read and tried)."""
+    if config.precision == "fp16":
+        return "accelerate refuses fp16 on CPU"
+    if config.engine == "pytorch" and config.zero_stage:
+        return "accelerate shards by FSDP2 on GPUs alone, on CPU it silently runs DDP"
+    if config.engine == "pytorch" and target == "accelerate" and config.gpus > 1:
+        return "`accelerate launch` silently starts one process on CPU, unless it is given mpirun's hostfile"
+    return None
+
+
+def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> list[str]:
+    """What the script itself must do under `target` to run `config` as it was measured, as Markdown."""
+    load = f'loads the model with `attn_implementation="{config.attention}"`'
+    if config.engine == "pytorch":  # DeepSpeed casts weights and keeps fp32 masters, whatever it is given
+        load += " and `dtype=torch.float32`"
+    todo = [f"trains on sequences of {config.sequence_length} tokens", load]
+    if target == "hf_trainer":
+        return todo
+    if config.activation_checkpointing != "none":
+        every = f", every_n_layers={config.selective_every}" if config.selective_every else ""
+        todo.append(f'calls `model.{checkpointing_argument()}_enable({{"use_reentrant": False}}{every})`')
+    if target == "accelerate":
+        accumulation = workload.gradient_accumulation_steps(config)
+        todo.append(
+            f"makes batches of {config.micro_batch_size} and `Accelerator(gradient_accumulation_steps={accumulation})`"
+        )
+        if config.engine == "deepspeed":
+            todo.append("optimizes with `accelerate.utils.DummyOptim`, which stands for the optimizer of the JSON")
+        else:
+            todo.append(
+                f"optimizes with `torch.optim.AdamW(…, fused=True)`"
+                f" and `accelerator.clip_grad_norm_(…, {workload.max_gradient_norm:g})`"
+            )
+    return todo

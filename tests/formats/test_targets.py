@@ -1,0 +1,66 @@
+"""Who can run a config afterwards: the same answer for the search and for the export."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from autotune.errors import InvalidSpaceError, NothingFeasibleError
+from autotune.formats.targets import TARGETS, cannot_express, left_to_script, no_target
+from autotune.spec.config import TrialConfig
+from tests.formats.samples import WORKLOAD, any_config, config
+from tests.samples import sample_space
+
+
+@given(any_config())
+def test_on_gpus_every_config_can_be_run_by_someone(config: TrialConfig) -> None:
+    assert no_target(TARGETS, config) is None
+    assert cannot_express("hf_trainer", config, "cuda") is None
+    assert (cannot_express("deepspeed", config, "cuda") is None) == (config.engine == "deepspeed")
+
+
+@pytest.mark.parametrize(
+    ("fields", "trainer", "accelerate"),
+    [
+        ({"engine": "deepspeed", "zero_stage": 3}, None, None),
+        ({"engine": "pytorch", "zero_stage": 0}, None, "one process"),
+        ({"engine": "pytorch", "zero_stage": 0, "gpus": 1}, None, None),
+        ({"engine": "pytorch", "zero_stage": 0, "precision": "fp16"}, "fp16", "fp16"),
+        ({"engine": "pytorch", "zero_stage": 3}, "DDP", "DDP"),
+    ],
+)
+def test_on_cpu_accelerate_can_do_less(fields: dict[str, object], trainer: str | None, accelerate: str | None) -> None:
+    for target, words in (("hf_trainer", trainer), ("accelerate", accelerate)):
+        reason = cannot_express(target, config(**fields), "cpu")  # type: ignore[arg-type]
+        assert (reason is None) if words is None else words in (reason or "")
+
+
+def test_what_no_target_can_run_is_not_searched_and_is_said(tmp_path: Path) -> None:
+    everything = sample_space(tmp_path)
+    assert {candidate.engine for candidate in everything.candidates} == {"deepspeed", "pytorch"}
+    space = sample_space(tmp_path, targets="deepspeed")
+    assert {candidate.engine for candidate in space.candidates} == {"deepspeed"}
+    dropped = {(item.axis, item.value): item.reason for item in space.dropped}
+    assert dropped == {("engine", "pytorch"): "no target can run it: DeepSpeed does not run engine pytorch"}
+    assert space.identity == everything.identity
+    assert sample_space(tmp_path, targets=["deepspeed", "accelerate"]).candidates == everything.candidates
+
+
+def test_only_what_no_target_can_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NothingFeasibleError, match="no target can run it"):
+        sample_space(tmp_path, targets="deepspeed", baseline=..., search={"engine": "pytorch"})
+    with pytest.raises(InvalidSpaceError, match="baseline: no target can run it"):
+        sample_space(tmp_path, targets="deepspeed", baseline={"engine": "pytorch", "zero_stage": 0})
+    with pytest.raises(InvalidSpaceError, match=r"targets.*'megatron'.*hf_trainer"):
+        sample_space(tmp_path, targets=["megatron"])
+
+
+def test_what_a_file_cannot_say_is_said_to_the_script() -> None:
+    trial = config(engine="pytorch", activation_checkpointing="selective", selective_every=3, attention="eager")
+    trainer = "\n".join(left_to_script("hf_trainer", trial, WORKLOAD))
+    accelerate = "\n".join(left_to_script("accelerate", trial, WORKLOAD))
+    assert 'attn_implementation="eager"' in trainer
+    assert "4096 tokens" in trainer
+    assert "every_n_layers" not in trainer  # its file says it
+    assert "every_n_layers=3" in accelerate
+    assert "gradient_accumulation_steps=64" in accelerate

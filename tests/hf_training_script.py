@@ -1,0 +1,124 @@
+"""A training script of a user: transformers' Trainer on a YAML file of TrainingArguments.
+
+    torchrun --nproc-per-node 2 hf_training_script.py training_args.yaml report.json
+
+It trains five steps of a tiny, real Qwen3 and writes what it saw while it did. Of the files it knows nothing.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType, PartialState
+from torch import distributed
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from autotune.engines.batches import sequence
+from autotune.modeling.build import checkpointed_layers, construct_model
+from autotune.spec.model import load_model
+
+SEQUENCE_LENGTH = 64
+
+
+def adapt_deepspeed_to_cpu() -> None:
+    """Between the Trainer and DeepSpeed, put what DeepSpeed needs on a CPU and what no exported file may contain.
+
+    Without it DeepSpeed compiles C++ for minutes. The engine of the trials does the same to the same document.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    from autotune.engines.deepspeed import _adapt_to_cpu
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # in time for `zero.Init`
+    initialize = deepspeed.initialize
+
+    def adapted(*, config_params: dict[str, Any], **rest: Any) -> Any:
+        _adapt_to_cpu(config_params)
+        return initialize(config_params=config_params, **rest)
+
+    deepspeed.initialize = adapted
+
+
+def pretend_gpus() -> None:
+    """accelerate shards by FSDP2 only where it believes to be on GPUs; torch's FSDP2 itself runs on CPU as well."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+class Watch:
+    """Counts what passes through the model: the rows of each forward pass, and the passes of each decoder layer."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.rows: list[int] = []
+        self.dtypes: set[str] = set()
+        self.passes: Counter[int] = Counter()
+        model.register_forward_pre_hook(lambda _m, _a, kw: self.rows.append(len(kw["input_ids"])), with_kwargs=True)
+        for index, layer in enumerate(checkpointed_layers(model)):
+            layer.self_attn.register_forward_pre_hook(lambda *_, index=index: self.passes.update([index]))
+            layer.mlp.down_proj.register_forward_hook(lambda _m, _a, output: self.dtypes.add(str(output.dtype)))
+
+
+def sharding(trainer: Trainer) -> dict[str, Any]:
+    wrapped = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled:
+        return {
+            "wrapper": "deepspeed",
+            "zero_stage": wrapped.zero_optimization_stage(),
+            "micro_batch_size": wrapped.train_micro_batch_size_per_gpu(),
+            "gradient_accumulation_steps": wrapped.gradient_accumulation_steps(),
+            "global_batch_size": wrapped.train_batch_size(),
+            "bf16": wrapped.bfloat16_enabled(),
+            "clipping": wrapped.gradient_clipping(),
+            "reduce_bucket_size": wrapped.zero_reduce_bucket_size(),
+            "optimizer": {key: wrapped.optimizer_params()[key] for key in ("lr", "weight_decay")},
+        }
+    if isinstance(wrapped, DistributedDataParallel):
+        return {"wrapper": "ddp"}
+    layers = checkpointed_layers(wrapped)
+    states = [layer._get_fsdp_state() for layer in layers if isinstance(layer, FSDPModule)]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    return {
+        "wrapper": "fsdp2",
+        "layers_wrapped": [len(groups), len(layers)],
+        "reshard_after_forward": sorted({group.post_forward_mesh_info is not None for group in groups}),
+        "policies": sorted({f"{group.mp_policy.param_dtype} {group.mp_policy.reduce_dtype}" for group in groups}),
+        "weights": sorted({str(parameter.dtype) for parameter in wrapped.parameters()}),
+        "shards": sorted({type(parameter).__name__ for parameter in wrapped.parameters()}),
+    }
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(TrainingArguments).parse_yaml_file(sys.argv[1])
+    if arguments.deepspeed:
+        adapt_deepspeed_to_cpu()
+    if arguments.fsdp:
+        pretend_gpus()
+    spec = load_model("qwen3-tiny", Path())
+    model = construct_model(spec, "sdpa")
+    vocabulary = model.config.vocab_size
+    rows = [torch.from_numpy(sequence(1, 0, index, SEQUENCE_LENGTH, vocabulary)) for index in range(256)]
+    watch = Watch(model)
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    result = trainer.train()
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, watch.rows)
+    if distributed.get_rank() == 0:
+        report = {
+            "steps": trainer.state.global_step,
+            "loss": result.training_loss,
+            "rows": gathered,
+            "passes": [watch.passes[index] for index in sorted(watch.passes)],
+            "dtypes": sorted(watch.dtypes),
+            "sharding": sharding(trainer),
+        }
+        Path(sys.argv[2]).write_text(json.dumps(report))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A real Hugging Face Trainer, started by the exported files on two CPU ranks, trains as the winner was measured.
+
+What it did is observed in the run (tests/hf_training_script.py), not read back from the files.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotune.export import export_best
+from autotune.store.store import open_store
+from autotune.study import Study
+from tests.samples import measurement, sample_space
+
+SCRIPT = Path(__file__).with_name("hf_training_script.py")
+ON_CPU = {"nodes": 1, "gpus_per_node": 2, "gpu": "cpu", "memory_bytes": "60MiB"}
+# accelerate has FSDP2 on GPUs alone: the files come from a GPU study, and the script has accelerate believe in GPUs.
+ON_GPU = {"nodes": 1, "gpus_per_node": 2, "gpu": "H100-80GB"}
+BUCKETS = {"zero_optimization.reduce_bucket_size": 100_000, "zero_optimization.stage3_prefetch_bucket_size": 100_000}
+STEPS, RANKS, LAYERS = 5, 2, 4
+
+
+def export(tmp_path: Path, cluster: dict[str, Any], search: dict[str, Any]) -> Path:
+    """The best folder of a study whose one candidate was measured, with a user's own arguments added to a copy."""
+    workload = {"global_batch_size": 8, "sequence_length": 64, "learning_rate": 2e-5, "max_gradient_norm": 0.5}
+    space = sample_space(tmp_path, cluster=cluster, workload=workload, search=search, baseline=...)
+    with open_store(f"sqlite:///{tmp_path}/a.db", create=True) as store:
+        study = Study.open(space, store)
+        attempt = study.next_attempt(lambda: space.candidates[0])
+        assert attempt is not None
+        study.record(attempt, measurement(device_bytes=space.cluster.memory_bytes))
+        folder = export_best(study, tmp_path)["training_args.yaml"].parent
+    exported = (folder / "training_args.yaml").read_text()
+    assert ("use_cpu: true" in exported) == (cluster is ON_CPU)
+    mine = {"output_dir": f"{tmp_path}/trainer", "max_steps": STEPS, "save_strategy": "no", "report_to": "none"}
+    mine |= {"disable_tqdm": True} | ({} if cluster is ON_CPU else {"use_cpu": True})
+    (folder / "mine.yaml").write_text(exported + "".join(f"{key}: {json.dumps(mine[key])}\n" for key in mine))
+    return folder.rename(tmp_path / "moved")  # the folder is no place
+
+
+def run(folder: Path, *command: object) -> dict[str, Any]:
+    """Run a command from elsewhere than the folder; what rank 0 of the script reports."""
+    report = folder / "report.json"
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(SCRIPT.parents[1]),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    arguments = [str(part) for part in (*command, SCRIPT, folder / "mine.yaml", report)]
+    ran = subprocess.run(arguments, env=environment, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def assert_trained(report: dict[str, Any], *, micro_batch_size: int, accumulation: int, every: int | None) -> None:
+    """What passed through the model is the measured batch, in bf16, and layers were run again in the backward pass."""
+    assert report["steps"] == STEPS
+    assert 6 < report["loss"] < 8  # that of random weights: the logarithm of the vocabulary
+    assert report["rows"] == [[micro_batch_size] * (STEPS * accumulation)] * RANKS
+    once = STEPS * accumulation
+    assert report["passes"] == [once * (1 + (every is not None and layer % every == 0)) for layer in range(LAYERS)]
+    assert report["dtypes"] == ["torch.bfloat16"]
+
+
+def test_a_deepspeed_winner(tmp_path: Path) -> None:
+    search = {"engine": "deepspeed", "zero_stage": 3, "micro_batch_size": 2, "deepspeed": BUCKETS}
+    folder = export(tmp_path, ON_CPU, {**search, "activation_checkpointing": "full"})
+    report = run(folder, "torchrun", "--standalone", "--nproc-per-node", RANKS)
+    assert_trained(report, micro_batch_size=2, accumulation=2, every=1)
+    assert report["sharding"] == {
+        "wrapper": "deepspeed",
+        "zero_stage": 3,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "global_batch_size": 8,
+        "bf16": True,
+        "clipping": 0.5,
+        "reduce_bucket_size": 100_000,
+        "optimizer": {"lr": 2e-5, "weight_decay": 0.0},
+    }
+
+
+FSDP2 = {
+    "wrapper": "fsdp2",
+    "layers_wrapped": [LAYERS, LAYERS],
+    "policies": ["torch.bfloat16 torch.bfloat16"],
+    "weights": ["torch.float32"],
+    "shards": ["DTensor"],
+}
+
+
+def test_an_fsdp2_winner(tmp_path: Path) -> None:
+    search = {"engine": "pytorch", "zero_stage": 3, "micro_batch_size": 1, "activation_checkpointing": "full"}
+    report = run(export(tmp_path, ON_GPU, search), "torchrun", "--standalone", "--nproc-per-node", RANKS)
+    assert_trained(report, micro_batch_size=1, accumulation=4, every=1)
+    assert report["sharding"] == {**FSDP2, "reshard_after_forward": [True]}
+
+
+def test_an_fsdp2_winner_by_accelerate_launch(tmp_path: Path) -> None:
+    search = {"engine": "pytorch", "zero_stage": 2, "micro_batch_size": 2, "activation_checkpointing": "selective"}
+    folder = export(tmp_path, ON_GPU, {**search, "selective_every": 2})
+    report = run(folder, folder / "launch.sh", "accelerate")
+    assert_trained(report, micro_batch_size=2, accumulation=2, every=2)
+    assert report["sharding"] == {**FSDP2, "reshard_after_forward": [False]}
+
+
+@pytest.mark.slow
+def test_a_deepspeed_winner_by_accelerate_launch(tmp_path: Path) -> None:
+    search = {"engine": "deepspeed", "zero_stage": 2, "micro_batch_size": 4, "deepspeed": BUCKETS}
+    folder = export(tmp_path, ON_CPU, {**search, "activation_checkpointing": "none"})
+    report = run(folder, folder / "launch.sh", "accelerate")
+    assert_trained(report, micro_batch_size=4, accumulation=1, every=None)
+    assert report["sharding"]["zero_stage"] == 2
+
+
+@pytest.mark.slow
+def test_a_ddp_winner(tmp_path: Path) -> None:
+    search = {"engine": "pytorch", "zero_stage": 0, "micro_batch_size": 2, "activation_checkpointing": "full"}
+    report = run(export(tmp_path, ON_CPU, search), "torchrun", "--standalone", "--nproc-per-node", RANKS)
+    assert_trained(report, micro_batch_size=2, accumulation=2, every=1)
+    assert report["sharding"] == {"wrapper": "ddp"}
