@@ -5,6 +5,7 @@ import re
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
+_EIB = 1024**6
 
 _BYTES_PER_UNIT = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024**4}
 _BYTES_PER_UNIT |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -14,16 +15,16 @@ def parse_bytes(text: str | int) -> int:
     """Read a size such as `900MiB`, `80GB` or a plain number of bytes.
 
     Raises:
-        ValueError: the text is no positive size; the message says what is allowed.
+        ValueError: the text is no positive size below 1 EiB; the message says what is allowed.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if match is None or match[2] not in _BYTES_PER_UNIT:
         allowed = ", ".join(unit for unit in _BYTES_PER_UNIT if unit)
-        raise ValueError(f"found {text!r}, but a size is a number with one of {allowed}")
-    size = int(float(match[1]) * _BYTES_PER_UNIT[match[2]])
-    if size <= 0:
-        raise ValueError(f"found {text!r}, but a size must be greater than zero")
-    return size
+        raise ValueError(f"a size is a number with one of {allowed}")
+    size = float(match[1]) * _BYTES_PER_UNIT[match[2]]
+    if not 1 <= size < _EIB:
+        raise ValueError("a size is at least one byte and less than 1 EiB")
+    return int(size)
 
 
 def format_bytes(size: float) -> str:

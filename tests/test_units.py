@@ -30,7 +30,7 @@ def test_parse_bytes(text: str | int, size: int) -> None:
     "text", ["", "GiB", "-1GiB", "1e9", "1 gib", "1XB", "1 2", "0", "0.0GiB", "0.4", "nan", "1,5GiB"]
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="found"):
+    with pytest.raises(ValueError, match="a size is"):
         parse_bytes(text)
 
 

@@ -25,14 +25,22 @@ class Sampler(StrEnum):
     RANDOM = "random"
 
 
+class Launcher(StrEnum):
+    """What `--launcher` takes; `autotune.search.runner` knows them."""
+
+    POOL = "pool"
+    RAY_TRAIN = "ray-train"
+
+
 def tune(
     space_path: Annotated[Path, typer.Argument(metavar="SPACE", help="Search-space file (YAML).")],
     store: StoreOption = DEFAULT_STORE,
-    out: Annotated[Path | None, typer.Option(help="Folder for logs and best files [autotune-out/STUDY].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for logs and best files (autotune-out/STUDY).")] = None,
     address: Annotated[
         str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster; without it, one is started here.")
     ] = None,
     sampler: Annotated[Sampler, typer.Option(help="Who proposes the next config.")] = Sampler.TPE,
+    launcher: Annotated[Launcher, typer.Option(help="Who starts a trial's processes.")] = Launcher.POOL,
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -44,8 +52,11 @@ def tune(
     file, _ = read_space_file(space_path)
     space = None if file.cluster == "auto" else load_space(space_path)
 
+    from autotune.search.address import require_reachable
     from autotune.search.authentication import authenticate
 
+    if address is not None:
+        require_reachable(address)
     authenticate(address)
     from autotune.search.cluster import connected, detect, require, require_local
 
@@ -54,9 +65,10 @@ def tune(
     folder = _output_folder(out or Path("autotune-out") / file.study)
 
     from autotune.export import export_best
+    from autotune.metrics import StudyMetrics
     from autotune.report.documents import study_document
     from autotune.report.terminal import Progress, result_panel
-    from autotune.search.runner import run_study
+    from autotune.search.runner import LauncherName, run_study
     from autotune.search.samplers import SamplerName
     from autotune.store.lease import Lease
     from autotune.store.store import open_store
@@ -74,9 +86,9 @@ def tune(
         require(space.cluster)
         study = Study.open(space, database)
         with Progress(study, talk) as progress:
-            study.observers.append(progress)
+            study.observers += [progress, StudyMetrics(study)]
             try:
-                run_study(study, SamplerName(sampler), folder / "logs", seed)
+                run_study(study, SamplerName(sampler), folder / "logs", seed, LauncherName(launcher))
             except (KeyboardInterrupt, StoreError):
                 if lease.lost:
                     raise _taken_over(study) from None
@@ -104,13 +116,14 @@ def _taken_over(study: "Study") -> StudyBusyError:
 
 
 def _output_folder(out: Path) -> Path:
+    """Where results go; the first that is written makes it, so a study that is refused leaves nothing behind."""
     folder = out.absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); name a writable folder with --out") from None
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder}: is not writable; name a writable folder with --out")
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{folder}: cannot be written in {nearest}; name a writable folder with --out")
     return folder
 
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from autotune.errors import UnknownHardwareError, UsageError
+from autotune.errors import UnknownHardwareError, UsageError, shown
 from autotune.units import GIB
 
 Device = Literal["cpu", "cuda"]
@@ -85,6 +85,19 @@ _GPU_LIST = (
         " has the dense digits); network assumed as in DGX H200, 8 x 400 Gb/s for 8 GPUs",
     ),
     GpuSpec(
+        name="H20-96GB",
+        device="cuda",
+        memory_bytes=int(95.22 * GIB),
+        peak_flops_per_second={
+            "bf16": 148 * _TERA, "fp16": 148 * _TERA, "fp32": 44 * _TERA, "fp8": 296 * _TERA,
+        },
+        memory_bandwidth_bytes_per_second=4000 * _GIGA,
+        intra_node_bandwidth_bytes_per_second=450 * _GIGA,
+        inter_node_bandwidth_bytes_per_second=50 * _GIGA,
+        source="NVIDIA H20 product brief, 2023, dense columns (NVLink 900 GB/s is both directions); network assumed as"
+        " in HGX H20, 8 x 400 Gb/s for 8 GPUs",
+    ),
+    GpuSpec(
         name="B200-180GB",
         device="cuda",
         memory_bytes=int(178.35 * GIB),
@@ -158,6 +171,7 @@ _DEVICE_NAMES = {
     r"(NVIDIA )?A100-SXM4?-80GB": "A100-80GB",
     r"NVIDIA H100 80GB HBM3": "H100-80GB",
     r"NVIDIA H200": "H200-141GB",
+    r"NVIDIA H20": "H20-96GB",
     r"NVIDIA B200": "B200-180GB",
     r"NVIDIA L40S": "L40S-48GB",
     r"NVIDIA GeForce RTX 4090": "RTX-4090-24GB",
@@ -177,7 +191,7 @@ def find_gpu(name: str) -> GpuSpec:
     for gpu in GPUS.values():
         if gpu.name.lower() == name.strip().lower():
             return gpu
-    raise UnknownHardwareError(f"GPU {name!r} is not in the table of known hardware; use one of {', '.join(GPUS)}")
+    raise UnknownHardwareError(f"GPU {shown(name)} is not in the table of known hardware; use one of {', '.join(GPUS)}")
 
 
 def identify_gpu(device_name: str, memory_bytes: int) -> GpuSpec | None:

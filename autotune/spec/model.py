@@ -5,19 +5,25 @@ import difflib
 import functools
 import hashlib
 import json
+import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from autotune.errors import InvalidModelError
+from autotune.errors import InvalidModelError, shown
 from autotune.units import MIB
 
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral")
 
 _MAX_CONFIG_BYTES = MIB
 """A config.json is a few KiB. Something larger is another file (a tokenizer, weights) under a wrong name."""
+
+_MAX_HUB_ID = 96
+_MAX_DIMENSION = 10**9
+"""Of any size in a config. Larger ones overflow the formulas, and no model has them."""
 
 # What transformers 5 assumes where a config.json is silent. Only keys that real files leave out are here; the others
 # must be present, because a shape that we guess is a wrong prediction later.
@@ -40,7 +46,7 @@ class ModelSpec:
         model_type = self.config.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise InvalidModelError(
-                f"model {self.name}: found model_type {model_type!r}, but only dense decoders of type"
+                f"model {self.name}: found model_type {shown(model_type)}, but only dense decoders of type"
                 f" {', '.join(SUPPORTED_MODEL_TYPES)} are supported; name a model of one of these types"
             )
         return str(model_type)
@@ -80,7 +86,14 @@ class ModelSpec:
         """Width of one attention head. In Qwen3 heads x head_dim is not hidden_size."""
         if self.config.get("head_dim") is not None:
             return self._positive_integer("head_dim")
-        return _HEAD_DIM_WHEN_ABSENT.get(self.model_type, self.hidden_size // self.num_attention_heads)
+        if self.model_type in _HEAD_DIM_WHEN_ABSENT:
+            return _HEAD_DIM_WHEN_ABSENT[self.model_type]
+        if self.hidden_size % self.num_attention_heads:
+            raise InvalidModelError(
+                f"model {self.name}: found hidden_size {self.hidden_size} in its config, which is no multiple of"
+                f" num_attention_heads {self.num_attention_heads}; correct config.json"
+            )
+        return self.hidden_size // self.num_attention_heads
 
     @property
     def vocab_size(self) -> int:
@@ -173,11 +186,11 @@ class ModelSpec:
 
     def _positive_integer(self, key: str) -> int:
         value = self.config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            found = "no" if key not in self.config else f"{value!r} as"
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_DIMENSION:
+            found = "no" if key not in self.config else f"{shown(value)} as"
             raise InvalidModelError(
-                f"model {self.name}: found {found} {key} in its config, but a positive integer is needed;"
-                " correct config.json"
+                f"model {self.name}: found {found} {key} in its config, but a positive integer of at most"
+                f" {_MAX_DIMENSION} is needed; correct config.json"
             )
         return value
 
@@ -195,13 +208,23 @@ def load_model(reference: str, relative_to: Path) -> ModelSpec:
     shipped = _shipped_architectures()
     if reference in shipped:
         return ModelSpec(name=reference, config=copy.deepcopy(shipped[reference]))
-    folder = relative_to / Path(reference).expanduser()
-    if not reference.strip() or not folder.is_dir():
+    folder = _folder(reference, relative_to)
+    if folder is None:
         raise InvalidModelError(_unknown_model(reference, relative_to))
     model = ModelSpec(name=reference, config=_read_config(reference, folder / "config.json"))
     # Ask now for everything that is asked later, so that a bad file is an error before the first trial.
     _ = (model.num_parameters, model.max_position_embeddings)
     return model
+
+
+def _folder(reference: str, relative_to: Path) -> Path | None:
+    if not reference.strip():
+        return None
+    try:
+        folder = relative_to / Path(reference).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # too long, closed to us, a user that does not exist after `~`
+        return None
 
 
 @functools.cache
@@ -219,20 +242,24 @@ def _unknown_model(reference: str, relative_to: Path) -> str:
     meant = " or ".join(by_short_name[name] for name in near)
     known = f"did you mean {meant}" if near else f"known are {', '.join(names)}"
     download = ""
-    if reference.count("/") == 1 and not reference.startswith((".", "/", "~")):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", reference) and len(reference) <= _MAX_HUB_ID:
         download = f", made for example by `hf download {reference} config.json --local-dir DIR`"
     return (
-        f"model {reference!r} is neither a shipped architecture ({known}) nor a folder in {relative_to};"
+        f"model {shown(reference)} is neither a shipped architecture ({known}) nor a folder in {relative_to};"
         f" a folder with a config.json works as well{download}"
     )
 
 
 def _read_config(reference: str, path: Path) -> dict[str, Any]:
     try:
-        size = path.stat().st_size
-        if size > _MAX_CONFIG_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # a pipe or a device may never end
             raise InvalidModelError(
-                f"model {reference}: {path} has {size} bytes, but a Hugging Face config has at most"
+                f"model {reference}: {path} is no regular file; put the model's own config.json there"
+            )
+        if found.st_size > _MAX_CONFIG_BYTES:
+            raise InvalidModelError(
+                f"model {reference}: {path} has {found.st_size} bytes, but a Hugging Face config has at most"
                 f" {_MAX_CONFIG_BYTES}; put the model's own config.json there"
             )
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,51 @@
+"""`MemoryPrediction`: what a config will need of each device and host, before it has run."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Part(StrEnum):
+    """What memory is used for. The parts of a breakdown add up to the peak."""
+
+    PARAMETERS = "parameters"
+    """Weights in the compute dtype and, where they differ, fp32 master weights."""
+    GRADIENTS = "gradients"
+    OPTIMIZER_STATES = "optimizer_states"
+    ACTIVATIONS = "activations"
+    """What the forward pass saves for the backward pass, and what either works in."""
+    LOGITS = "logits"
+    """Every tensor with a vocabulary dimension: logits, their fp32 copy, their softmax and gradients."""
+    BUFFERS = "buffers"
+    """Gathered parameters, reduction buckets, prefetches: what sharding works in."""
+    CACHE = "cache"
+    """Keys and values of past tokens (`task: generate`)."""
+    FRAGMENTATION = "fragmentation"
+    """Reserved by the caching allocator beyond what tensors use."""
+    CONTEXT = "context"
+    """CUDA context, communicators and workspaces, which no tensor owns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPrediction:
+    """Peaks of the fullest rank. Every figure is bytes."""
+
+    allocated_bytes: int
+    """Live tensors."""
+    reserved_bytes: int
+    """Held by the caching allocator; equal to allocated where there is none (CPU)."""
+    device_used_bytes: int
+    """Of the device, everything: what decides whether the config fits."""
+    host_bytes: int
+    """Of one node's main memory, over all its ranks: offloaded states and their pinned buffers."""
+    breakdown: dict[Part, int]
+    """Parts of `device_used_bytes` at the peak."""
+    deviation: float
+    """Standard deviation of `device_used_bytes`, as a ratio of it."""
+
+    def fit_probability(self, capacity_bytes: float) -> float:
+        """Probability (0..1) that the peak stays within `capacity_bytes` of the device, the error taken as normal."""
+        spread = self.device_used_bytes * self.deviation
+        if not spread:
+            return float(self.device_used_bytes <= capacity_bytes)
+        return 0.5 * (1 + math.erf((capacity_bytes - self.device_used_bytes) / (spread * math.sqrt(2))))
