@@ -18,6 +18,7 @@ from typing import Any
 
 from autotune.spec.outcome import Phase
 from autotune.spec.request import TrialRequest
+from autotune.trial.leftovers import GANG_VARIABLE, mapped_shared_memory
 
 STACKS_SIGNAL = signal.SIGUSR1
 """Makes a rank write its Python stack to its log, even while it waits inside a collective."""
@@ -41,6 +42,8 @@ class Seat:
     log_path: str
     started: float
     """`time.monotonic()` when the gang was started, which processes of one machine share."""
+    gang: str = ""
+    """Names the gang among all on this machine, see `autotune.trial.leftovers`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +93,7 @@ def main(channel: Connection, seat: Seat, request: TrialRequest, engine: str, en
         environment: variables of the trial, for a process that no fork server has given them.
     """
     die_with_the_pool()
+    began = time.time()
     reporter = Reporter(channel.send, seat.started)
     reporter.enter_phase(Phase.START)
     try:
@@ -101,9 +105,11 @@ def main(channel: Connection, seat: Seat, request: TrialRequest, engine: str, en
 
         channel.send(run_rank(seat, request, engine, reporter))
         leave_group()
+        _unlink_shared_memory(began)
     except BaseException as error:
         with contextlib.suppress(Exception):  # a full disk must not keep the verdict back
             traceback.print_exc()
+            _unlink_shared_memory(began)
         from autotune.trial.failure import classify
 
         channel.send(classify(error, rank=seat.rank, phase=reporter.phase, device=request.device))
@@ -134,6 +140,12 @@ def _outlive_nobody(pool: multiprocessing.process.BaseProcess) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def _unlink_shared_memory(since: float) -> None:
+    with contextlib.suppress(OSError):
+        for segment in mapped_shared_memory(os.getpid(), since):
+            segment.unlink(missing_ok=True)
+
+
 def _write_to(log_path: str) -> None:
     path = Path(log_path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +166,7 @@ def _seat_environment(seat: Seat, request: TrialRequest) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(seat.local_world_size),
         "MASTER_ADDR": seat.master_address,
         "MASTER_PORT": str(seat.master_port),
+        GANG_VARIABLE: seat.gang,
     }
     if seat.master_address == "127.0.0.1":
         variables["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the host name resolves to

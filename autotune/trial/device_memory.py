@@ -1,6 +1,8 @@
 """Peaks of device memory: asked from CUDA's caching allocator, counted and limited on CPU."""
 
 import resource
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,16 @@ HARD_LIMIT_FACTOR = 4
 no tensor owns, and must not be reached before it: the C allocator keeps freed pages, which count here."""
 HARD_LIMIT_BASE_BYTES = 1024**3
 """And by this much in any case: stacks of threads, buffers of the communication library."""
+FOREIGN_RATIO = 0.1
+FOREIGN_BYTES = 1024**3
+"""What others may hold of a device when a trial starts, the larger of the two: a driver's context, a desktop. With
+more, the trial would be told that it does not fit where it does."""
+DRAIN_SECONDS = 20.0
+"""The driver takes back a killed process's memory within seconds of its end."""
+
+
+class DeviceOccupiedError(OSError):
+    """Somebody else holds the device's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +159,28 @@ class CudaMemory:
 def device_memory(device: torch.device, limit_bytes: int | None) -> DeviceMemory:
     """The memory of a rank's device."""
     return CudaMemory(device) if device.type == "cuda" else CpuMemory(limit_bytes)
+
+
+def await_free_device(memory: Callable[[], tuple[int, int]], seconds: float = DRAIN_SECONDS) -> None:
+    """Wait until the driver has taken back what the trial before held.
+
+    Args:
+        memory: the device's free and total bytes, as `torch.cuda.mem_get_info` gives them.
+        seconds: how long.
+
+    Raises:
+        DeviceOccupiedError: others still hold much of the device.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        free, total = memory()
+        if total - free <= max(FOREIGN_RATIO * total, FOREIGN_BYTES):
+            return
+        if time.monotonic() >= deadline:
+            raise DeviceOccupiedError(
+                f"other processes hold {(total - free) / 1024**3:.1f} GiB of the device's {total / 1024**3:.1f} GiB"
+            )
+        time.sleep(0.1)
 
 
 def _data_segment_bytes() -> int:

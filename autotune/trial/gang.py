@@ -1,6 +1,7 @@
 """One trial on one node as its parent sees it: watch the ranks, decide on the first failure, kill all, reap all."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ from autotune.trial.child import STACKS_SIGNAL, Progress
 from autotune.trial.compose import slowest
 from autotune.trial.failure import is_collateral, is_collective_timeout
 from autotune.trial.host_memory import oom_kills
+from autotune.trial.leftovers import Owner, mapped_shared_memory
 
 GRACE_SECONDS = 0.3
 """How long the failure of a survivor waits for the verdict of the rank that it survived."""
@@ -26,6 +28,8 @@ STACKS_SECONDS = 0.3
 """How long hanging ranks get to write their stacks."""
 UNKILLABLE_SECONDS = 60.0
 """After this long a killed process is stuck in the kernel, and so is the node's device."""
+OWNER_POLL_SECONDS = 0.5
+"""How often to look whether the process that the trial is run for still lives."""
 TAIL_LINES = 8
 TAIL_BYTES = 16384
 TAIL_LINE_CHARACTERS = 300
@@ -103,15 +107,17 @@ class Rank:
             self.process.join()
             code = self.process.exitcode
         kind = FailureKind.CRASH
-        tail = log_tail(self.log_path)
-        if code is not None and code < 0:
+        log = log_end(self.log_path)
+        tail = log_tail(log)
+        if code == -signal.SIGKILL and _kernel_killed(oom_kills_before):
+            kind = FailureKind.HOST_OUT_OF_MEMORY
+            ending = "was killed by SIGKILL, sent by the kernel because the host's memory ran out"
+        elif code is not None and code < 0:
             ending = f"was killed by {signal.Signals(-code).name}"
-            now = oom_kills()
-            if -code == signal.SIGKILL and oom_kills_before is not None and now is not None and now > oom_kills_before:
-                kind = FailureKind.HOST_OUT_OF_MEMORY
-                ending += ", sent by the kernel because the host's memory ran out"
-            elif is_collective_timeout("\n".join(tail)):
-                kind = FailureKind.HANG  # NCCL's watchdog aborts the process
+            late = [line for line in log if is_collective_timeout(line)]
+            if code == -signal.SIGABRT and late:
+                kind = FailureKind.HANG  # NCCL's watchdog says so and aborts the process; stacks follow its words
+                tail = late[:1]
         elif code == 255:  # what multiprocessing says for children of a fork server that is gone
             kind = FailureKind.WORKER_LOST
             ending = "ended together with the fork server"
@@ -127,17 +133,29 @@ class Rank:
                 send(self.process.pid or 0, number)
 
 
-def watch(ranks: Sequence[Rank], request: TrialRequest, *, cancelled: Connection, started: float) -> RankFailure | None:
+def watch(
+    ranks: Sequence[Rank],
+    request: TrialRequest,
+    *,
+    cancelled: Connection,
+    started: float,
+    owner: Owner | None = None,
+) -> RankFailure | None:
     """Wait until every rank has delivered, or one failed, or time is up.
 
     The failure that counts is the first one, except that a rank's own verdict beats what its survivors say about it,
     which can be heard earlier.
+
+    Silence is a hang, but not while the model is built: there a rank reads weights or compiles for minutes without a
+    word, while its peers wait for it in a collective, and no rank leaves before all are done (`autotune.trial.worker`).
+    A build that hangs is caught by the process group's timeout or by the deadline.
 
     Args:
         ranks: the gang on this node.
         request: the trial.
         cancelled: readable when the trial shall end.
         started: `time.monotonic()` when the gang was started.
+        owner: the process that the trial is run for; the gang ends with it.
 
     Returns:
         None if every rank has delivered.
@@ -149,24 +167,36 @@ def watch(ranks: Sequence[Rank], request: TrialRequest, *, cancelled: Connection
     while True:
         failures = [rank.failure for rank in ranks if rank.failure is not None]
         pending = [rank for rank in ranks if not rank.has_verdict]
+        building = any(rank.progress.phase is Phase.BUILD for rank in pending)
+        silent_until = last_progress + request.stall_seconds
+        patience = deadline if building else min(deadline, silent_until)
         now = time.monotonic()
         if failures:
             first_failure = min(first_failure, now)
             best = max(failures, key=_weight)
             if not pending or _weight(best) > 0 or now >= first_failure + GRACE_SECONDS:
-                return best
+                return _waited_in_vain(best, pending) if best.kind is FailureKind.HANG else best
         elif not pending:
             return None
-        elif now >= last_progress + request.stall_seconds:
-            return _hang(ranks, request)
-        elif now >= deadline:
+        elif owner is not None and owner.is_gone():
+            return RankFailure(
+                rank=None,
+                kind=FailureKind.WORKER_LOST,
+                phase=pending[0].progress.phase,
+                message="the process that the trial was run for has ended",
+            )
+        elif now >= patience and now >= silent_until:
+            return _hang(pending, now - last_progress)
+        elif now >= patience:
             return RankFailure(
                 rank=None,
                 kind=FailureKind.TIMEOUT,
                 phase=pending[0].progress.phase,
                 message=f"not finished after {request.timeout_seconds:.0f} s; {_where(pending)}",
             )
-        until = first_failure + GRACE_SECONDS if failures else min(deadline, last_progress + request.stall_seconds)
+        until = first_failure + GRACE_SECONDS if failures else patience
+        if owner is not None:
+            until = min(until, now + OWNER_POLL_SECONDS)
         ready = wait([cancelled, *(event for rank in pending for event in rank.events)], max(0.0, until - now))
         if cancelled in ready:
             return RankFailure(
@@ -183,16 +213,20 @@ def watch(ranks: Sequence[Rank], request: TrialRequest, *, cancelled: Connection
                 rank.bury(oom_kills_before)
 
 
-def end(ranks: Sequence[Rank], *, delivered: bool) -> RankFailure | None:
-    """Leave nothing behind: no process, no zombie, no pipe.
+def end(ranks: Sequence[Rank], *, delivered: bool, began: float | None = None) -> RankFailure | None:
+    """Leave nothing behind: no process, no zombie, no pipe, no shared memory.
 
     Args:
         ranks: the gang.
         delivered: every rank has delivered and is leaving by itself, which closes communicators in good order.
+        began: `time.time()` when the gang was started; None leaves shared memory alone.
 
     Returns:
         A failure of the node if a process cannot be killed; its pipes are then left open.
     """
+    shared: set[Path] = set()
+    if began is not None:
+        shared = shared.union(*(mapped_shared_memory(rank.process.pid, began) for rank in ranks))
     if delivered:
         wait_for(lambda: not any(_is_alive(rank) for rank in ranks), EXIT_SECONDS)
     for rank in ranks:
@@ -211,6 +245,8 @@ def end(ranks: Sequence[Rank], *, delivered: bool) -> RankFailure | None:
             rank.process.join()
             rank.process.close()
             rank.channel.close()
+    for segment in shared:
+        segment.unlink(missing_ok=True)
     return None
 
 
@@ -228,17 +264,21 @@ def result(ranks: Sequence[Rank], failure: RankFailure | None) -> GangResult:
     )
 
 
-def log_tail(path: str) -> list[str]:
-    """The last lines of a log, or the innermost frames of the thread in which Python crashed."""
+def log_end(path: str) -> list[str]:
+    """The last lines of a log, as many as a crash with the stacks of all its threads may take."""
     try:
         with Path(path).open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
             text = log.read().decode(errors="replace")
     except OSError:
         return []
-    lines = [line.rstrip()[:TAIL_LINE_CHARACTERS] for line in text.splitlines() if line.strip()]
+    return [line.rstrip()[:TAIL_LINE_CHARACTERS] for line in text.splitlines() if line.strip()]
+
+
+def log_tail(lines: Sequence[str]) -> list[str]:
+    """The last few of these lines of a log, or the innermost frames of the thread in which Python crashed."""
     crashes = [i for i, line in enumerate(lines) if line.startswith("Current thread")]  # faulthandler's words
-    return lines[crashes[-1] :][:TAIL_LINES] if crashes else lines[-TAIL_LINES:]
+    return list(lines[crashes[-1] :][:TAIL_LINES] if crashes else lines[-TAIL_LINES:])
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
@@ -260,17 +300,35 @@ def _weight(failure: RankFailure) -> int:
     return 0 if is_collateral(failure.message) else 1
 
 
-def _hang(ranks: Sequence[Rank], request: TrialRequest) -> RankFailure:
-    """Have the ranks write down where they stand, which is what one wants to know of a hang."""
-    for rank in ranks:
-        rank.signal_group(STACKS_SIGNAL)
-    time.sleep(STACKS_SECONDS)
+def _hang(ranks: Sequence[Rank], silent_seconds: float) -> RankFailure:
+    _write_stacks(ranks)
     return RankFailure(
         rank=None,
         kind=FailureKind.HANG,
         phase=ranks[0].progress.phase,
-        message=f"no rank made progress for {request.stall_seconds:.0f} s; {_where(ranks)}; stacks are in the logs",
+        message=f"no rank made progress for {silent_seconds:.0f} s; {_where(ranks)}; stacks are in the logs",
     )
+
+
+def _waited_in_vain(failure: RankFailure, pending: Sequence[Rank]) -> RankFailure:
+    """A rank's process group gave up waiting. The rank is not to blame, but those that it waited for."""
+    where = ""
+    if pending:
+        _write_stacks(pending)
+        where = f"; {_where(pending)}; stacks are in the logs"
+    return dataclasses.replace(failure, rank=None, message=f"rank {failure.rank} waited: {failure.message}{where}")
+
+
+def _write_stacks(ranks: Sequence[Rank]) -> None:
+    """Have the ranks write down where they stand, which is what one wants to know of a hang."""
+    for rank in ranks:
+        rank.signal_group(STACKS_SIGNAL)
+    time.sleep(STACKS_SECONDS)
+
+
+def _kernel_killed(oom_kills_before: int | None) -> bool:
+    now = oom_kills()
+    return oom_kills_before is not None and now is not None and now > oom_kills_before
 
 
 def _where(ranks: Sequence[Rank]) -> str:

@@ -16,6 +16,7 @@ import threading
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -25,7 +26,8 @@ from autotune.spec.outcome import FailureKind, Phase, RankFailure
 from autotune.spec.request import DeviceType, TrialRequest
 from autotune.trial import child
 from autotune.trial.build_cache import VARIABLE, open_build_cache
-from autotune.trial.gang import PROCESS_LOCK, GangResult, Rank, end, result, watch
+from autotune.trial.gang import PROCESS_LOCK, GangResult, Rank, end, result, wait_for, watch
+from autotune.trial.leftovers import Owner, kill_strays
 
 __all__ = ["GangResult", "NodePool", "trial_environment"]
 
@@ -33,8 +35,17 @@ PRELOAD = "autotune.trial.preload"
 ENGINE = "autotune.engines.engine:build_engine"
 READY_SECONDS = 300.0
 """Importing the libraries takes seconds, from a cold network file system minutes."""
+STRAYS_SECONDS = 10.0
+"""How long to wait until killed processes that left their rank's process group are gone."""
 PORTS = range(20000, 30000)
 """Below the range that kernels draw outgoing connections from, so that nobody takes a port between choice and use."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    cancel: Connection
+    """Where a word ends the gang."""
+    gpu_ids: frozenset[str]
 
 
 class NodePool:
@@ -60,7 +71,7 @@ class NodePool:
         self._build_cache = open_build_cache()
         self._environment = trial_environment(device, str(self._build_cache.folder))
         self._lock = threading.Lock()
-        self._gangs: dict[str, Connection] = {}  # trial id -> where a word ends it
+        self._gangs: dict[str, _Running] = {}  # by trial id
         self._idle = threading.Condition(self._lock)
         self._closed = False
         self._ready_lock = threading.Lock()
@@ -100,6 +111,7 @@ class NodePool:
         master_address: str,
         master_port: int,
         gpu_ids: Sequence[str] = (),
+        owner_pid: int | None = None,
     ) -> GangResult:
         """Run this node's ranks of a trial to their end; when it returns none of their processes is left.
 
@@ -110,6 +122,8 @@ class NodePool:
             master_address: of the node of rank 0.
             master_port: a free port there (`free_port`).
             gpu_ids: GPUs of this node's ranks, as CUDA_VISIBLE_DEVICES takes them; empty: those that the pool sees.
+                Each is lent to one trial at a time, so a gang that is found on them has lost its owner and is ended.
+            owner_pid: the process on this node that holds the GPUs for the trial, which ends with it.
 
         Raises:
             ValueError: a trial of this id is running here, or the request is for another device.
@@ -126,10 +140,13 @@ class NodePool:
                 return _shut(request)
             if request.trial_id in self._gangs:
                 raise ValueError(f"trial {request.trial_id} is running here already")
-            self._gangs[request.trial_id] = cancel
+            before = [trial_id for trial_id, gang in self._gangs.items() if gang.gpu_ids & set(gpu_ids)]
+            self._gangs[request.trial_id] = _Running(cancel, frozenset(gpu_ids))
         outcome: GangResult | None = None
         try:
-            outcome = self._run(request, ranks, world_size, master_address, master_port, gpu_ids, cancelled)
+            self._evict(before)
+            owner = None if owner_pid is None else Owner(owner_pid)
+            outcome = self._run(request, ranks, world_size, master_address, master_port, gpu_ids, cancelled, owner)
             return outcome
         finally:
             with self._lock:
@@ -146,7 +163,7 @@ class NodePool:
         with self._lock:
             gang = self._gangs.get(trial_id)
             if gang is not None:
-                gang.send(None)
+                gang.cancel.send(None)
             return gang is not None
 
     def free_port(self) -> int:
@@ -164,7 +181,7 @@ class NodePool:
         with self._lock:
             self._closed = True
             for gang in self._gangs.values():
-                gang.send(None)
+                gang.cancel.send(None)
             self._idle.wait_for(lambda: not self._gangs)
         self._build_cache.close()
         if self._start_method == "forkserver":
@@ -179,8 +196,11 @@ class NodePool:
         master_port: int,
         gpu_ids: Sequence[str],
         cancelled: Connection,
+        owner: Owner | None,
     ) -> GangResult:
         started = time.monotonic()
+        began = time.time()
+        name = f"{os.getpid()}-{started}"
         gang: list[Rank] = []
         failure: RankFailure | None = None
         finished = False
@@ -196,9 +216,10 @@ class NodePool:
                     gpu_ids=tuple(gpu_ids),
                     log_path=str(self._log_dir / request.trial_id / f"rank{rank}.log"),
                     started=started,
+                    gang=name,
                 )
                 gang.append(self._start(seat, request))
-            failure = watch(gang, request, cancelled=cancelled, started=started)
+            failure = watch(gang, request, cancelled=cancelled, started=started, owner=owner)
             finished = failure is None
         except (OSError, EOFError) as error:  # the fork server died, or the node is out of processes or files
             failure = RankFailure(
@@ -208,8 +229,15 @@ class NodePool:
                 message=f"a rank could not be started: {type(error).__name__}: {error}",
             )
         finally:
-            stuck = end(gang, delivered=finished)
+            stuck = end(gang, delivered=finished, began=began)
+            wait_for(lambda: not kill_strays(name), STRAYS_SECONDS)
         return result(gang, stuck or failure)
+
+    def _evict(self, trial_ids: Sequence[str]) -> None:
+        for trial_id in trial_ids:
+            self.cancel(trial_id)
+        with self._lock:
+            self._idle.wait_for(lambda: not any(trial_id in self._gangs for trial_id in trial_ids))
 
     def _start(self, seat: child.Seat, request: TrialRequest) -> Rank:
         context = self._context()

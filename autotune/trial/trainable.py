@@ -7,9 +7,11 @@ The Tune trial's placement group has one bundle a node. This actor lives in bund
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ray
 from ray import tune
@@ -20,10 +22,13 @@ from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase
 from autotune.spec.request import TrialRequest
 from autotune.trial.compose import compose
-from autotune.trial.failure import is_collateral
-from autotune.trial.pool import GangResult, NodePool
+from autotune.trial.failure import describe, is_collateral
+from autotune.trial.pool import ENGINE, READY_SECONDS, GangResult, NodePool
 
 POLL_SECONDS = 5.0
+RESTART_POLL_SECONDS = 0.5
+HOLDER_SECONDS = 60.0
+"""The GPUs are reserved already when a holder is started; if it cannot be, its node has gone meanwhile."""
 VERDICT_SECONDS = 1.0
 """How long the node that knows why a trial failed may speak later than the others."""
 
@@ -36,7 +41,7 @@ def placement(config: TrialConfig, cluster: ClusterSpec) -> tune.PlacementGroupF
     return tune.PlacementGroupFactory(bundles, strategy="STRICT_PACK" if nodes == 1 else "STRICT_SPREAD")
 
 
-def node_pool(node_id: str, device: str, log_dir: str) -> Any:
+def node_pool(node_id: str, device: str, log_dir: str, engine: str = ENGINE) -> Any:
     """The node's pool actor, started if it is not there yet. It lives as long as the job."""
     return (
         ray.remote(NodePool)
@@ -48,8 +53,25 @@ def node_pool(node_id: str, device: str, log_dir: str) -> Any:
             max_restarts=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
-        .remote(device=device, log_dir=log_dir)
+        .remote(device=device, log_dir=log_dir, engine=engine)
     )
+
+
+def await_pools(pools: Sequence[Any]) -> None:
+    """Wait until the pools can run trials. One that died is started again by Ray and unavailable until then.
+
+    Raises:
+        ray.exceptions.RayError: a pool does not come back.
+    """
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            ray.get([pool.ready.remote() for pool in pools], timeout=READY_SECONDS)
+            return
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(RESTART_POLL_SECONDS)
 
 
 def verdict(failures: Sequence[Failure]) -> Failure:
@@ -57,21 +79,54 @@ def verdict(failures: Sequence[Failure]) -> Failure:
 
     Neither a node that only saw its peers go nor one that was told to stop knows the reason.
     """
-    reasons = (f for f in failures if f.kind is not FailureKind.INTERRUPTED and not is_collateral(f.message))
-    return next(reasons, failures[0])
+    return next((f for f in failures if f.kind is not FailureKind.INTERRUPTED and not _is_collateral(f)), failures[0])
+
+
+def _is_collateral(failure: Failure) -> bool:
+    # Ray, too, speaks of closed sockets, but of the pool's own.
+    pool_lost = failure.kind in (FailureKind.WORKER_LOST, FailureKind.NODE_LOST) and failure.rank is None
+    return not pool_lost and is_collateral(failure.message)
+
+
+def lost(error: Exception, log_path: str | None = None) -> Failure:
+    """The failure of a trial whose pool or holder did not answer: what Ray says of it.
+
+    Args:
+        error: a `ray.exceptions.RayError`.
+        log_path: of the node's first rank.
+    """
+    kind = FailureKind.WORKER_LOST
+    message = " ".join(f"the node's pool, which ran the ranks, was lost: {describe(error)}".split())[:500]
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        kind = FailureKind.HOST_OUT_OF_MEMORY  # Ray's memory monitor kills the pool when its ranks have the memory
+    elif isinstance(error, ray.exceptions.RayTaskError):
+        kind, message = FailureKind.CRASH, describe(error.cause)  # a bug of ours
+    elif isinstance(error, ray.exceptions.NodeDiedError) or ("node" in message and "has died" in message):
+        kind = FailureKind.NODE_LOST
+    return Failure(kind=kind, phase=Phase.START, message=message, log_path=log_path)
+
+
+class Place(NamedTuple):
+    """A bundle of the trial, and the process that holds it."""
+
+    node_id: str
+    address: str
+    gpu_ids: list[str]
+    pid: int
 
 
 class _Holder:
     """Occupies a further bundle of the trial; Ray tells it which GPUs those are."""
 
-    def where(self) -> tuple[str, str, list[str]]:
-        """(node id, node address, GPU ids)."""
+    def where(self) -> Place:
+        """Where it sits."""
         return _here()
 
 
-def _here() -> tuple[str, str, list[str]]:
+def _here() -> Place:
     context = ray.get_runtime_context()
-    return context.get_node_id(), ray.util.get_node_ip_address(), [str(gpu) for gpu in ray.get_gpu_ids()]
+    gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
+    return Place(context.get_node_id(), ray.util.get_node_ip_address(), gpu_ids, os.getpid())
 
 
 class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
@@ -107,13 +162,15 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
         """See `save_checkpoint`."""
 
     def _run(self, request: TrialRequest) -> Outcome:
-        nodes, holders = self._nodes(request.config)
+        holders = self._holders(request.config)
         try:
-            pools = [node_pool(node_id, request.device, self._log_dir) for node_id, _, _ in nodes]
+            places = [_here(), *ray.get([holder.where.remote() for holder in holders], timeout=HOLDER_SECONDS)]
+            pools = [node_pool(place.node_id, request.device, self._log_dir) for place in places]
+            await_pools(pools)
             # Ranks of one node meet on loopback: it works whatever the host name resolves to.
-            address = "127.0.0.1" if len(nodes) == 1 else nodes[0][1]
+            address = "127.0.0.1" if len(places) == 1 else places[0].address
             port = ray.get(pools[0].free_port.remote())
-            per_node = request.config.gpus // len(nodes)
+            per_node = request.config.gpus // len(places)
             running = {
                 pool.run.remote(
                     request,
@@ -121,23 +178,26 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
                     world_size=request.config.gpus,
                     master_address=address,
                     master_port=port,
-                    gpu_ids=nodes[index][2],
-                ): pool
-                for index, pool in enumerate(pools)
+                    gpu_ids=place.gpu_ids,
+                    owner_pid=place.pid,
+                ): (pool, str(Path(self._log_dir) / request.trial_id / f"rank{index * per_node}.log"))
+                for index, (pool, place) in enumerate(zip(pools, places, strict=True))
             }
             return self._collect(request, running)
+        except ray.exceptions.RayError as error:
+            return lost(error)
         finally:
             for holder in holders:
                 ray.kill(holder)
 
-    def _nodes(self, config: TrialConfig) -> tuple[list[tuple[str, str, list[str]]], list[Any]]:
-        """(node id, address, GPU ids) of each bundle, and the actors that hold the further ones."""
+    def _holders(self, config: TrialConfig) -> list[Any]:
+        """The actors that hold the further bundles."""
         group = ray.util.get_current_placement_group()
         bundles = math.ceil(config.gpus / self._cluster.gpus_per_node)
         resources: dict[str, Any] = {"num_cpus": 0, "num_gpus": config.gpus // bundles}
         if self._cluster.device == "cpu":
             resources = {"num_cpus": config.gpus // bundles}
-        holders = [
+        return [
             ray.remote(_Holder)
             .options(
                 **resources,
@@ -146,24 +206,28 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
             .remote()
             for index in range(1, bundles)
         ]
-        return [_here(), *ray.get([holder.where.remote() for holder in holders])], holders
 
-    def _collect(self, request: TrialRequest, running: dict[Any, Any]) -> Outcome:
-        """Wait for every node; a failure on one ends the others, and the one that came first counts."""
+    def _collect(self, request: TrialRequest, running: dict[Any, tuple[Any, str]]) -> Outcome:
+        """Wait for every node; a failure on one ends the others, and the one that came first counts.
+
+        Args:
+            request: the trial.
+            running: each node's result to come, with its pool and the log of its first rank.
+        """
         results: list[GangResult] = []
         failures: list[Failure] = []
         cancelled = False
         while running:
             done, _ = ray.wait(list(running), num_returns=1, timeout=VERDICT_SECONDS if failures else POLL_SECONDS)
             for reference in done:
-                running.pop(reference)
-                failure = self._failure_of(reference, results)
+                _, log_path = running.pop(reference)
+                failure = self._failure_of(reference, results, log_path)
                 failures += [] if failure is None else [failure]
             # A node that only saw its peers go waits a moment for the node that knows why.
-            known = any(not is_collateral(failure.message) for failure in failures)
+            known = any(not _is_collateral(failure) for failure in failures)
             if failures and not cancelled and (known or not done):
                 cancelled = True
-                for pool in running.values():
+                for pool, _ in running.values():
                     pool.cancel.remote(request.trial_id)
         if failures:
             return verdict(failures)
@@ -171,13 +235,11 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
         measured = compose(ranks, request, self._cluster.gpu)
         return dataclasses.replace(measured, log_path=results[0].log_path)
 
-    def _failure_of(self, reference: Any, results: list[GangResult]) -> Failure | None:
+    def _failure_of(self, reference: Any, results: list[GangResult], log_path: str) -> Failure | None:
         try:
             result: GangResult = ray.get(reference)
-        except ray.exceptions.RayActorError as error:
-            node = "node" in str(error) and "died" in str(error)
-            kind = FailureKind.NODE_LOST if node else FailureKind.WORKER_LOST
-            return Failure(kind=kind, phase=Phase.START, message=" ".join(str(error).split())[:500])
+        except ray.exceptions.RayError as error:
+            return lost(error, log_path)
         results.append(result)
         if result.failure is None:
             return None

@@ -14,12 +14,13 @@ from autotune.engines.engine import Engine
 from autotune.spec.outcome import Phase, RankMeasurement
 from autotune.spec.request import TrialRequest
 from autotune.trial.child import Reporter, Seat
-from autotune.trial.device_memory import DeviceMemory, device_memory
+from autotune.trial.device_memory import DeviceMemory, await_free_device, device_memory
 from autotune.trial.environment import environment
 from autotune.trial.measure import Samples, measure_plan, run_micro_steps, warmup_plan
 
 GROUP_TIMEOUT_RATIO = 0.9
-"""Of the trial's deadline. A net: the parent sees a hang earlier, and must see the deadline later."""
+"""Of the trial's deadline. A net: the parent sees a hang earlier, and must see the deadline later. Groups that a
+library makes for itself (DeepSpeed does) have PyTorch's default instead, so only the parent can be relied on."""
 
 
 def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter) -> RankMeasurement:
@@ -47,6 +48,7 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
         memory.enter_phase(Phase.BUILD)
         reporter.enter_stage("build", Phase.BUILD)
         built = build(request, device)
+        dist.barrier()  # The parent bears silence from a rank that builds, not from others that wait for it.
         warmup, measured = _measure(built, seat, request, device, memory, reporter, enter_phase)
         peaks = memory.peaks()
     return RankMeasurement(
@@ -76,6 +78,7 @@ def _device(seat: Seat, request: TrialRequest) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", seat.local_rank)
     torch.cuda.set_device(device)
+    await_free_device(lambda: torch.cuda.mem_get_info(device))
     # Offloaded optimizers run on the host's cores, which the ranks of a node share.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // seat.local_world_size))
     return device

@@ -1,6 +1,5 @@
 """Real processes: what a gang does when one rank of it fails, and that nothing is left of it."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -8,100 +7,17 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from autotune.spec.config import Engine, TrialConfig
-from autotune.spec.model import load_model
+from autotune.spec.config import Engine
 from autotune.spec.outcome import FailureKind, Phase
-from autotune.spec.request import TrialRequest
-from autotune.spec.workload import Workload
 from autotune.trial import child
 from autotune.trial.failure import is_collateral
 from autotune.trial.pool import GangResult, NodePool, trial_environment
-
-FAULTY = "tests.trial.faulty_engine:build_engine"
-ROOT = str(Path(__file__).parents[2])
-SMALL_BUCKETS = tuple(
-    (f"zero_optimization.{key}", 1_000_000)
-    for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
-)
-
-
-def a_request(trial_id: str, *, engine: Engine = "pytorch", zero_stage: int = 0, **changes: object) -> TrialRequest:
-    request = TrialRequest(
-        trial_id=trial_id,
-        model=load_model("qwen3-tiny", Path.cwd()),
-        workload=Workload(global_batch_size=16),
-        config=TrialConfig(
-            engine=engine,
-            gpus=2,
-            micro_batch_size=2,
-            sequence_length=64,
-            precision="fp32",
-            zero_stage=zero_stage,
-            deepspeed=SMALL_BUCKETS if engine == "deepspeed" and zero_stage else (),
-        ),
-        device="cpu",
-        memory_limit_bytes=1 << 30,
-        timeout_seconds=60,
-        stall_seconds=30,
-    )
-    return dataclasses.replace(request, **changes)  # type: ignore[arg-type]
-
-
-def run(pool: NodePool, request: TrialRequest) -> GangResult:
-    gpus = request.config.gpus
-    return pool.run(
-        request, ranks=range(gpus), world_size=gpus, master_address="127.0.0.1", master_port=pool.free_port()
-    )
-
-
-@pytest.fixture(scope="module")
-def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, NodePool]]:
-    """One with the real engines and one whose engine fails on demand. They share the fork server of this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-        logs = str(tmp_path_factory.mktemp("logs"))
-        pools = {
-            "real": NodePool(device="cpu", log_dir=logs),
-            "faulty": NodePool(device="cpu", log_dir=logs, engine=FAULTY),
-        }
-        for pool in pools.values():
-            assert pool.ready()["start_method"] == "forkserver"
-        yield pools
-        for pool in pools.values():
-            pool.shutdown()
-    assert not [process for process in psutil.Process().children(recursive=True) if "forkserver" in _command(process)]
-
-
-@pytest.fixture
-def pool(pools: dict[str, NodePool]) -> NodePool:
-    return pools["real"]
-
-
-@pytest.fixture
-def faulty(pools: dict[str, NodePool]) -> Iterator[NodePool]:
-    """Checks that a test leaves no process, thread or file descriptor behind."""
-    before = census()
-    yield pools["faulty"]
-    assert census() == before
-
-
-def census() -> tuple[set[int], int, int]:
-    children = {process.pid for process in psutil.Process().children(recursive=True)}
-    return children, threading.active_count(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208 # counts, not paths
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+from tests.trial.gangs import ROOT, a_request, fork_family, run
 
 
 @pytest.mark.parametrize(("engine", "zero_stage"), [("pytorch", 0), ("pytorch", 3), ("deepspeed", 2)])
@@ -135,86 +51,20 @@ def test_a_memory_limit_is_exact(pool: NodePool) -> None:
     assert failure.requested_bytes
 
 
-def test_out_of_memory_ends_all_ranks_at_once_and_the_next_trial_runs(faulty: NodePool) -> None:
-    started = time.monotonic()
-    result = run(faulty, a_request("oom@1"))
-    assert time.monotonic() - started < 3
-    assert result.failure is not None
-    assert result.failure.kind is FailureKind.OUT_OF_MEMORY
-    assert (result.failure.rank, result.failure.phase) == (1, Phase.FORWARD)
-    assert result.failure.requested_bytes == 512 << 20
-    assert result.ranks == ()
-    assert set(result.phase_seconds) == {"start", "build", "warmup", "measure"}
-    assert result.log_path is not None
-    assert "OutOfMemoryError" in Path(result.log_path).read_text()
-    assert run(faulty, a_request("next")).failure is None
-
-
-@pytest.mark.parametrize(
-    ("fault", "kind", "says"),
-    [
-        ("build-oom@0", FailureKind.OUT_OF_MEMORY, "2.00 GiB"),
-        ("allocate@1", FailureKind.OUT_OF_MEMORY, "Memory limit reached"),
-        ("slow-oom@1", FailureKind.OUT_OF_MEMORY, "512.00 MiB"),
-        ("refuse@1", FailureKind.INVALID_CONFIG, "not supported"),
-        ("nan@0", FailureKind.NON_FINITE_LOSS, "nan"),
-        ("bug@1", FailureKind.CRASH, "no such layer"),
-        ("kill@1", FailureKind.CRASH, "SIGKILL"),
-        ("segv@0", FailureKind.CRASH, "SIGSEGV"),
-        ("exit@0", FailureKind.CRASH, "code 3"),
-    ],
-)
-def test_the_rank_that_failed_is_blamed(faulty: NodePool, fault: str, kind: FailureKind, says: str) -> None:
-    failure = run(faulty, a_request(fault, memory_limit_bytes=64 << 20)).failure
-    assert failure is not None
-    assert failure.kind is kind
-    assert failure.rank == int(fault[-1])
-    assert says in failure.message
-
-
-def test_a_segmentation_fault_shows_where(faulty: NodePool) -> None:
-    failure = run(faulty, a_request("segv@1")).failure
-    assert failure is not None
-    assert "faulty_engine.py" in failure.message
-
-
-def test_a_hang_ends_within_its_stall_and_shows_the_stacks(faulty: NodePool) -> None:
-    started = time.monotonic()
-    result = run(faulty, a_request("sleep@0", stall_seconds=1.5))
-    assert time.monotonic() - started < 5
-    assert result.failure is not None
-    assert result.failure.kind is FailureKind.HANG
-    assert result.failure.rank is None
-    assert result.log_path is not None
-    assert "faulty_engine.py" in Path(result.log_path).read_text()
-
-
-def test_a_slow_trial_that_progresses_is_a_timeout(faulty: NodePool) -> None:
-    result = run(faulty, a_request("slow@0", timeout_seconds=1.2, stall_seconds=1.0))
-    assert result.failure is not None
-    assert result.failure.kind is FailureKind.TIMEOUT
-
-
-def test_what_a_rank_started_is_killed_with_it(faulty: NodePool) -> None:
-    failure = run(faulty, a_request("grandchild@0")).failure
-    assert failure is not None
-    assert not [process for process in psutil.process_iter() if _command(process) == "sleep 1000"]
-
-
 def test_cancel_ends_a_running_trial(faulty: NodePool) -> None:
     results: list[GangResult] = []
-    thread = threading.Thread(target=lambda: results.append(run(faulty, a_request("sleep@1"))))
+    thread = threading.Thread(target=lambda: results.append(run(faulty, a_request("sleep.backward@1"))))
     thread.start()
     time.sleep(0.5)
-    assert faulty.cancel("sleep@1")
+    assert faulty.cancel("sleep.backward@1")
     thread.join(5)
     assert results[0].failure is not None
     assert results[0].failure.kind is FailureKind.INTERRUPTED
-    assert not faulty.cancel("sleep@1")
+    assert not faulty.cancel("sleep.backward@1")
 
 
 def test_trials_run_side_by_side_and_do_not_disturb_each_other(faulty: NodePool) -> None:
-    ids = ["fine-1", "oom@0", "fine-2", "kill@1"]
+    ids = ["fine-1", "oom.backward@0", "fine-2", "kill.backward@1"]
     results: dict[str, GangResult] = {}
     threads = [threading.Thread(target=lambda i=i: results.update({i: run(faulty, a_request(i))})) for i in ids]
     for thread in threads:
@@ -225,8 +75,8 @@ def test_trials_run_side_by_side_and_do_not_disturb_each_other(faulty: NodePool)
     assert kinds == {
         "fine-1": None,
         "fine-2": None,
-        "oom@0": FailureKind.OUT_OF_MEMORY,
-        "kill@1": FailureKind.CRASH,
+        "oom.backward@0": FailureKind.OUT_OF_MEMORY,
+        "kill.backward@1": FailureKind.CRASH,
     }
 
 
@@ -236,7 +86,7 @@ def test_a_failure_on_another_node_is_known_as_collateral(faulty: NodePool) -> N
     results: dict[int, GangResult] = {}
 
     def node(rank: int) -> None:
-        request = a_request("kill@1" if rank == 1 else "fine-3")
+        request = a_request("kill.backward@1" if rank == 1 else "fine-3")
         results[rank] = faulty.run(request, ranks=[rank], world_size=2, master_address="127.0.0.1", master_port=port)
 
     threads = [threading.Thread(target=node, args=(rank,)) for rank in range(2)]
@@ -291,10 +141,10 @@ import sys
 print("main runs")
 import autotune.trial.pool as pool_module
 pool_module.PRELOAD = "broken_preload"
-from tests.trial.test_pool import FAULTY, a_request, run
+from tests.trial.gangs import FAULTY, a_request, run
 pool = pool_module.NodePool(device="cpu", log_dir={logs!r}, engine=FAULTY)
 print(pool.ready())
-print(run(pool, a_request("build@1")).failure.kind, pool._build_cache.folder)
+print(run(pool, a_request("compile.build@1")).failure.kind, pool._build_cache.folder)
 pool.shutdown()
 """
 
@@ -318,10 +168,10 @@ def test_without_a_fork_server_ranks_are_spawned_and_the_lock_of_a_killed_build_
 
 KILLED_POOL = """
 from autotune.trial.pool import NodePool
-from tests.trial.test_pool import FAULTY, a_request, run
+from tests.trial.gangs import FAULTY, a_request, run
 pool = NodePool(device="cpu", log_dir={logs!r}, engine=FAULTY)
 print(pool.ready(), flush=True)
-run(pool, a_request("sleep@0"))
+run(pool, a_request("sleep.backward@0"))
 """
 
 
@@ -341,7 +191,7 @@ def test_ranks_do_not_outlive_the_pool(tmp_path: Path) -> None:
 
 def test_ranks_do_not_outlive_the_fork_server_and_a_new_one_starts(pools: dict[str, NodePool]) -> None:
     results: list[GangResult] = []
-    thread = threading.Thread(target=lambda: results.append(run(pools["faulty"], a_request("sleep@0"))))
+    thread = threading.Thread(target=lambda: results.append(run(pools["faulty"], a_request("sleep.backward@0"))))
     thread.start()
     time.sleep(1.0)
     family = fork_family(os.getpid())
@@ -352,9 +202,3 @@ def test_ranks_do_not_outlive_the_fork_server_and_a_new_one_starts(pools: dict[s
     assert results[0].failure.kind is FailureKind.WORKER_LOST
     assert not [process for process in family[1:] if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert run(pools["faulty"], a_request("fine-4")).failure is None
-
-
-def fork_family(pid: int) -> list[psutil.Process]:
-    """The fork server of a process, and its children, whose command lines look the same."""
-    children = psutil.Process(pid).children(recursive=True)
-    return [process for process in children if "multiprocessing.forkserver" in _command(process)]

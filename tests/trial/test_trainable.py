@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Phase
-from autotune.trial.trainable import placement, verdict
+from autotune.trial.trainable import lost, placement, verdict
 from tests.samples import space_text
 
 SCRIPT = Path(__file__).with_name("two_nodes.py")
@@ -30,6 +31,25 @@ def test_the_node_that_knows_why_is_believed() -> None:
     assert verdict([memory, gone]) is memory
     assert verdict([gone, stopped]) is gone
     assert verdict([stopped]) is stopped
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (ray.exceptions.OutOfMemoryError("Task was killed"), FailureKind.HOST_OUT_OF_MEMORY, "Task was killed"),
+        (ray.exceptions.ActorDiedError(), FailureKind.WORKER_LOST, "died unexpectedly"),
+        (ray.exceptions.ActorUnavailableError("Socket closed", None), FailureKind.WORKER_LOST, "Socket closed"),
+        (ray.exceptions.NodeDiedError("node 12"), FailureKind.NODE_LOST, "node 12"),
+        (ray.exceptions.GetTimeoutError("too long"), FailureKind.WORKER_LOST, "too long"),
+        (ray.exceptions.RayTaskError("run", "…", KeyError("a bug")), FailureKind.CRASH, "KeyError: 'a bug'"),
+    ],
+)
+def test_what_ray_says_of_a_pool(error: Exception, kind: FailureKind, says: str) -> None:
+    failure = lost(error, "rank0.log")
+    assert (failure.kind, failure.log_path) == (kind, "rank0.log")
+    assert says in failure.message
+    peers = failed(FailureKind.CRASH, "RuntimeError: Connection closed by peer [10.0.0.2]:1234")
+    assert verdict([peers, failure]) is failure  # also where Ray speaks of sockets
 
 
 @pytest.mark.parametrize(("gpus", "bundles"), [(1, [1.0]), (8, [8.0]), (16, [8.0, 8.0])])
