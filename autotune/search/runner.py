@@ -1,6 +1,7 @@
 """Runs a study on Ray Tune."""
 
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,24 @@ from autotune.search.tune_search import TuneSearch
 from autotune.spec.config import TrialConfig
 from autotune.spec.request import TrialRequest
 from autotune.study import Study
+from autotune.trial.ray_train import RESERVATION, RayTrainTrainable, room
 from autotune.trial.trainable import TrialTrainable, node_pool, placement
 
 
-def run_study(study: Study, sampler: SamplerName, log_dir: Path, seed: int = 0) -> None:
+class LauncherName(StrEnum):
+    """Who starts the processes of a trial."""
+
+    POOL = "pool"
+    RAY_TRAIN = "ray-train"
+
+
+def run_study(
+    study: Study, sampler: SamplerName, log_dir: Path, seed: int = 0, launcher: LauncherName = LauncherName.POOL
+) -> None:
     """Run trials until the budget is spent or no candidate is left. Ray is connected already.
 
-    As many trials run at a time as the cluster has room for.
+    As many trials run at a time as the cluster has room for. Under Ray Train they hold no reservation while they wait
+    for it, so only as many run as there would be room for if all were of the largest size.
 
     Raises:
         KeyboardInterrupt: the user stopped it; running attempts are stored as interrupted.
@@ -27,9 +39,10 @@ def run_study(study: Study, sampler: SamplerName, log_dir: Path, seed: int = 0) 
     if study.stop_reason is not None:
         return
     search = TuneSearch(study, build_sampler(sampler, seed), seed)
-    pools = _start_pools(study, log_dir)
-    smallest = min(space.axes["gpus"])
-    at_once = max(1, space.cluster.total_gpus // int(smallest))
+    pooled = launcher is LauncherName.POOL
+    pools = _start_pools(study, log_dir) if pooled else []
+    sizes = [int(gpus) for gpus in space.axes["gpus"]] + ([space.baseline.gpus] if space.baseline else [])
+    at_once = space.cluster.total_gpus // min(sizes) if pooled else room(space.cluster, max(sizes))
     template = TrialRequest(
         trial_id="",
         model=space.model,
@@ -41,14 +54,20 @@ def run_study(study: Study, sampler: SamplerName, log_dir: Path, seed: int = 0) 
         timeout_seconds=space.file.budget.trial_seconds,
         stall_seconds=space.file.budget.trial_seconds / 2,
     )
-    trainable = tune.with_parameters(TrialTrainable, template=template, cluster=space.cluster, log_dir=str(log_dir))
     cluster = space.cluster
-    trainable = tune.with_resources(trainable, lambda trial: placement(TrialConfig.from_dict(trial["config"]), cluster))
+    given = {"template": template, "cluster": cluster, "log_dir": str(log_dir)}
+    if pooled:
+        trainable = tune.with_resources(
+            tune.with_parameters(TrialTrainable, **given),
+            lambda trial: placement(TrialConfig.from_dict(trial["config"]), cluster),
+        )
+    else:
+        trainable = tune.with_resources(tune.with_parameters(RayTrainTrainable, study=space.name, **given), RESERVATION)
     with tempfile.TemporaryDirectory(prefix="autotune-tune-") as scratch:
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=search, num_samples=-1, max_concurrent_trials=at_once, reuse_actors=True
+                search_alg=search, num_samples=-1, max_concurrent_trials=max(1, at_once), reuse_actors=pooled
             ),
             run_config=tune.RunConfig(name=space.name, storage_path=scratch, verbose=0),
         )
