@@ -6,6 +6,7 @@ It trains five steps of a tiny, real Qwen3 and writes what it saw while it did. 
 """
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -117,7 +118,10 @@ def main() -> None:
             "sharding": sharding(trainer),
         }
         Path(sys.argv[2]).write_text(json.dumps(report))
-    distributed.destroy_process_group()
+    distributed.barrier()
+    # DeepSpeed's own gloo groups may abort the process while the interpreter ends ("terminate called without an active
+    # exception"), now and then. What is tested is over by now.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -212,6 +212,7 @@ def has_metrics(head: Head, story: Story) -> bool:
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.slow
 def test_a_job_is_named_after_its_study(story: Story) -> None:
     assert story.first["id"] == "autotune-job-test-1"
     assert story.second["id"] == "autotune-job-test-2"
@@ -219,6 +220,7 @@ def test_a_job_is_named_after_its_study(story: Story) -> None:
     assert story.first["out"] == f"{story.folder}/shared/autotune-out/job-test"
 
 
+@pytest.mark.slow
 def test_status_shows_job_and_progress(story: Story) -> None:
     assert story.while_running["job"]["state"] == "running"
     assert story.while_running["job"]["driver_exit_code"] is None
@@ -231,6 +233,7 @@ def test_status_shows_job_and_progress(story: Story) -> None:
     assert trials["running"] == trials["interrupted"] == trials["failed"] == 0
 
 
+@pytest.mark.slow
 def test_prometheus_sees_the_running_study(story: Story) -> None:
     for series in ("ray_autotune_trials{", 'state="complete"'), ("ray_autotune_gpu_seconds_total{", 'use="idle"'):
         found = [line for line in story.metrics if line.startswith(series[0]) and series[1] in line]
@@ -240,22 +243,26 @@ def test_prometheus_sees_the_running_study(story: Story) -> None:
         assert float(found[0].split()[-1]) > 0
 
 
+@pytest.mark.slow
 def test_a_cluster_that_refuses_us_is_one_sentence(story: Story) -> None:
     assert story.refused["wrong token"].returncode == 5
     assert "refused our token" in error_of(story.refused["wrong token"])
 
 
+@pytest.mark.slow
 def test_a_running_study_is_not_submitted_twice(story: Story) -> None:
     assert story.refused["again"].returncode == 2
     assert "autotune-job-test-1" in error_of(story.refused["again"])
 
 
+@pytest.mark.slow
 def test_files_that_are_not_there_yet(story: Story) -> None:
     assert story.refused["fetch"].returncode == 2
     assert "autotune status job-test" in error_of(story.refused["fetch"])
     assert not (story.folder / "too-early").exists()
 
 
+@pytest.mark.slow
 def test_stop_and_submit_again_loses_and_repeats_nothing(story: Story) -> None:
     assert story.stopped["id"] == "autotune-job-test-1"
     assert story.stopped["state"] == "stopped"
@@ -270,6 +277,7 @@ def test_stop_and_submit_again_loses_and_repeats_nothing(story: Story) -> None:
     assert any(a.outcome is not None and "was stopped" in a.outcome.message for a in cut[0].attempts)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_logs_are_followed_to_their_end(story: Story) -> None:
     total = len(story.finished_when_stopped) + 2
     assert f"resumed with {total - 2} finished trials" in story.log
@@ -279,6 +287,7 @@ def test_logs_are_followed_to_their_end(story: Story) -> None:
     assert TOKEN not in story.log
 
 
+@pytest.mark.slow
 def test_the_best_files_arrive_as_they_are(story: Story) -> None:
     original, here = Path(story.second["out"]) / "best", story.folder / "laptop" / "best"
     names = sorted(path.name for path in original.iterdir())
@@ -289,6 +298,7 @@ def test_the_best_files_arrive_as_they_are(story: Story) -> None:
         assert os.access(here / name, os.X_OK) == os.access(original / name, os.X_OK)
 
 
+@pytest.mark.slow
 def test_a_job_that_failed_says_why(story: Story) -> None:
     job = story.impossible["job"]
     assert (job["state"], job["driver_exit_code"]) == ("failed", 5)
@@ -297,6 +307,7 @@ def test_a_job_that_failed_says_why(story: Story) -> None:
     assert story.impossible["study"] is None
 
 
+@pytest.mark.slow
 def test_an_unknown_study_names_those_that_are_there(head: Head, story: Story) -> None:
     run = head.autotune("stop", "other")
     assert run.returncode == 2

@@ -104,6 +104,7 @@ def test_an_fsdp2_winner(tmp_path: Path) -> None:
     assert report["sharding"] == {**FSDP2, "reshard_after_forward": [True]}
 
 
+@pytest.mark.slow
 def test_an_fsdp2_winner_by_accelerate_launch(tmp_path: Path) -> None:
     search = {"engine": "pytorch", "zero_stage": 2, "micro_batch_size": 2, "activation_checkpointing": "selective"}
     folder = export(tmp_path, ON_GPU, {**search, "selective_every": 2})

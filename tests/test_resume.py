@@ -97,6 +97,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     return tuned
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_trials_that_need_half_the_workers_run_at_the_same_time(undisturbed: Tuned) -> None:
     trials = undisturbed.trials

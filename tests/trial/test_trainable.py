@@ -61,6 +61,7 @@ def test_a_trial_reserves_one_bundle_a_node(gpus: int, bundles: list[float]) -> 
     assert reserved.strategy == ("STRICT_PACK" if len(bundles) == 1 else "STRICT_SPREAD")
 
 
+@pytest.mark.slow
 def test_a_trial_over_two_nodes(tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_text(
