@@ -8,7 +8,10 @@ from rich.console import Console
 from rich.text import Text
 
 from autotune import __version__
-from autotune.cli import read
+from autotune.cli import jobs, read
+from autotune.cli.doctor import doctor
+from autotune.cli.export import export
+from autotune.cli.predict import predict
 from autotune.cli.tune import tune
 from autotune.errors import AutotuneError, ExitCode
 
@@ -33,7 +36,7 @@ def main() -> NoReturn:
         Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on from here")
+        Console(stderr=True, soft_wrap=True).print("interrupted; the same command goes on from here")
         sys.exit(ExitCode.INTERRUPTED)
 
 
@@ -53,6 +56,14 @@ def _options(
 
 
 app.command()(tune)
+app.command()(predict)
 app.command()(read.studies)
 app.command()(read.show)
 app.command()(read.best)
+app.command()(export)
+app.command()(jobs.submit)
+app.command()(jobs.status)
+app.command()(jobs.logs)
+app.command()(jobs.stop)
+app.command()(jobs.fetch)
+app.command()(doctor)

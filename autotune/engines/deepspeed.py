@@ -58,6 +58,7 @@ class DeepSpeedEngine:
             config=document,
             dist_init_required=False,
         )[0]
+        self._offload = config.offload
         # Plain fp32 is the one path on which DeepSpeed forgets the norm by which it clips.
         self._norm_is_ours = config.zero_stage == 0 and config.precision == "fp32"
         self._norm: float | torch.Tensor = float("nan")
@@ -86,6 +87,26 @@ class DeepSpeedEngine:
         """See `Engine.gradient_norm`."""
         return float(self._norm)
 
+    def living_tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What lives between passes: `parameters`, `gradients`, `optimizer_states`; those of them on the `host`."""
+        zero = self._engine.optimizer
+        adam = getattr(zero, "optimizer", zero)  # ZeRO's own optimizer wraps it; stage 0 in fp32 has it bare
+        model = list(self._engine.module.parameters())
+        masters = [parameter for group in adam.param_groups for parameter in group["params"]]
+        partitions = [parameter.ds_tensor for parameter in model if hasattr(parameter, "ds_tensor")]
+        averaged = [g for grads in (getattr(zero, "averaged_gradients", None) or {}).values() for g in grads or ()]
+        states = [v for state in adam.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+        gradients = [p.grad for p in masters if p.grad is not None]
+        copies = getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+        host = [*masters, *states, *gradients, *copies] if self._offload != "none" else []
+        host += partitions if self._offload == "optimizer+parameters" else []
+        return {
+            "parameters": [*model, *masters, *partitions],
+            "gradients": [*averaged, *gradients, *(p.grad for p in model if p.grad is not None)],
+            "optimizer_states": states,
+            "host": host,
+        }
+
 
 def _build_partitioned(request: TrialRequest, document: dict[str, Any], device: torch.device) -> PreTrainedModel:
     """Build under `deepspeed.zero.Init`: each module's parameters are partitioned as soon as it is constructed.
@@ -97,14 +118,18 @@ def _build_partitioned(request: TrialRequest, document: dict[str, Any], device: 
     alive = HfDeepSpeedConfig(document)
     model = construct_model(request.model, request.config.attention)
     del alive
-    std = initializer_range(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
-                if torch.distributed.get_rank() == 0:
-                    full = initial_weight(name, parameter.ds_shape, device, std, request.workload.seed)
-                    parameter.copy_(full)
+    write_partitioned_weights(model, device, request.workload.seed)
     return model
+
+
+@torch.no_grad()
+def write_partitioned_weights(model: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Set each partitioned parameter to its `initial_weight`, in place."""
+    std = initializer_range(model)
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                parameter.copy_(initial_weight(name, parameter.ds_shape, device, std, seed))
 
 
 def _adapt_to_cpu(document: dict[str, Any]) -> None:

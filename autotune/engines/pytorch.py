@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +29,7 @@ from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
     build_model,
+    data_parallel_mesh,
     materialize,
     shard_with_fsdp2,
 )
@@ -59,7 +59,7 @@ class PyTorchEngine:
             autocast = torch.autocast(device.type, COMPUTE_DTYPES[config.precision])
             model.forward = convert_outputs_to_fp32(autocast(model.forward))
         if config.zero_stage:
-            shard_with_fsdp2(model, config, init_device_mesh(device.type, (config.gpus,)))
+            shard_with_fsdp2(model, config, data_parallel_mesh(device.type, config.gpus))
         materialize(model, device, torch.float32, workload.seed)
         self._model: torch.nn.Module = model
         if not config.zero_stage and config.gpus > 1:
@@ -100,6 +100,15 @@ class PyTorchEngine:
         """See `Engine.gradient_norm`."""
         norm = self._norm.full_tensor() if isinstance(self._norm, DTensor) else self._norm
         return norm.item()
+
+    def living_tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What lives between passes: `parameters`, `gradients` and `optimizer_states`."""
+        states = (value for state in self._optimizer.state.values() for value in state.values())
+        return {
+            "parameters": list(self._parameters),
+            "gradients": [parameter.grad for parameter in self._parameters if parameter.grad is not None],
+            "optimizer_states": [value for value in states if isinstance(value, torch.Tensor)],
+        }
 
     def _synchronised(self, boundary: bool) -> AbstractContextManager[None]:
         """Gradients are reduced over the ranks in the backward pass exactly if `boundary`."""

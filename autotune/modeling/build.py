@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import init_empty_weights
-from torch.distributed.device_mesh import DeviceMesh
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -47,7 +48,8 @@ def build_model(spec: ModelSpec, attention: Attention) -> PreTrainedModel:
     Buffers are real: those that no checkpoint stores (the rotary `inv_freq`) are computed by the constructors, and
     moving them through meta would lose them. They are a few KiB.
     """
-    with init_empty_weights(include_buffers=False):
+    # Where tensors are fake (`autotune.predict.fake`), one on meta would be fake as well, and could not be replaced.
+    with unset_fake_temporarily(), init_empty_weights(include_buffers=False):
         model = construct_model(spec, attention)
     model.tie_weights()  # moving each parameter to meta gave each user of a shared one its own
     return model
@@ -79,6 +81,12 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: TrialConfig) 
 def checkpointed_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     """The repeated blocks of `model`, in order: the unit of checkpointing and of FSDP2."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def data_parallel_mesh(device_type: str, ranks: int) -> DeviceMesh:
+    """All ranks in one dimension. Its table of ranks is read, so it is real even where tensors are fake."""
+    with unset_fake_temporarily():
+        return init_device_mesh(device_type, (ranks,))
 
 
 def shard_with_fsdp2(model: PreTrainedModel, config: TrialConfig, mesh: DeviceMesh) -> None:
@@ -115,11 +123,18 @@ def materialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
 
     def allocate(tensor: torch.Tensor) -> torch.Tensor:
         # Only parameters are on meta; buffers carry values and keep their dtype.
-        return torch.empty_like(tensor, dtype=dtype, device=device) if tensor.is_meta else tensor.to(device)
+        if tensor.is_meta:
+            return torch.empty_like(tensor, dtype=dtype, device=device)
+        return tensor.to(device, copy=True)
 
     # `_apply` is what `Module.to_empty` is made of, and what FSDP2 overrides to follow its parameters.
     model._apply(allocate)
     model.tie_weights()  # `_apply` gave each user of a shared parameter its own
+    write_initial_weights(model, device, seed)
+
+
+def write_initial_weights(model: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Set each parameter, whole or sharded, to its `initial_weight`, in place."""
     std = initializer_range(model)
     for name, parameter in model.named_parameters():
         _fill(parameter, initial_weight(name, parameter.shape, device, std, seed))

@@ -99,7 +99,7 @@ class Progress:
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
-        self._console.print(headline(self._study.space))
+        self._console.print(headline(self._study.space), soft_wrap=not self._console.is_terminal)
         done = self._study.counts.finished
         if done:
             self._console.print(Text(f"resumed with {done} finished trials", "dim"))

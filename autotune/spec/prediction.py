@@ -24,6 +24,8 @@ class Part(StrEnum):
     """Reserved by the caching allocator beyond what tensors use."""
     CONTEXT = "context"
     """CUDA context, communicators and workspaces, which no tensor owns."""
+    HOST = "host"
+    """Offloaded to main memory; on a CPU, where that is the device's, part of the peak like the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,209 @@
+"""A trial's training step without a device, without memory and without peers: what tracing runs.
+
+The engine is the one that trials run, built by `build_engine`. Its tensors are FakeTensors, which have shapes and
+storages of the right size and no data, and its process group only pretends to have other ranks. Every allocation so
+happens in the order of a real step, and can be watched by a dispatch mode; `MemoryTracker` finds the peak that it would
+find in the trial.
+
+The libraries read data in a few places, or look behind the tensors. Those are answered here, each by what a healthy
+step on real data would see: `_FakeData` and the replacements below. Nothing in the engines knows of it.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers.masking_utils
+from torch._C._distributed_c10d import _register_comm_hook
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parallel import distributed as ddp
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import autotune.modeling.build
+from autotune.engines.engine import Engine, build_engine
+from autotune.spec.outcome import Phase
+from autotune.spec.request import TrialRequest
+
+CPU = torch.device("cpu")
+"""FakeTensors of a device that PyTorch was not built for end the process, so the step runs the kernels of the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeTrial:
+    """One rank of a trial, built and ready to step."""
+
+    engine: Engine
+    request: TrialRequest
+
+    def run(self, plan: Iterable[bool], on_phase: Callable[[Phase], None] = lambda phase: None) -> None:
+        """Run micro-steps, as a trial would.
+
+        Args:
+            plan: True for each micro-step that ends in an update.
+            on_phase: told of each phase when it begins.
+        """
+        config = self.request.config
+        for boundary in plan:
+            input_ids = torch.empty(config.micro_batch_size, config.sequence_length, dtype=torch.int64)
+            on_phase(Phase.FORWARD)
+            loss = self.engine.forward(input_ids, boundary=boundary)
+            on_phase(Phase.BACKWARD)
+            self.engine.backward(loss, boundary=boundary)
+            if boundary:
+                on_phase(Phase.OPTIMIZER)
+                self.engine.update()
+            del loss, input_ids
+
+
+@contextmanager
+def fake_trial(request: TrialRequest, observer: TorchDispatchMode, rank: int = 0) -> Iterator[FakeTrial]:
+    """Build one rank of a trial on FakeTensors, and tear everything down on leaving.
+
+    Takes the whole process: there is one default process group, and libraries are changed meanwhile. DeepSpeed decides
+    on its first import what device it is for; a process that traces must not have told it of CUDA.
+
+    Args:
+        request: the trial. Its device and limits play no part.
+        observer: the dispatch mode that sees every operator, from building on.
+        rank: whose step it is. Ranks differ by how partitions fall on parameters.
+
+    Raises:
+        RuntimeError: this process is in a process group already, or DeepSpeed is for another device.
+        UsageError: see the engines.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a step can be traced only in a process that has no process group")
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of deprecated calls inside the libraries, and of `data_ptr` being 0
+        stack.enter_context(_environment_restored())
+        os.environ.setdefault("DS_ACCELERATOR", CPU.type)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=request.config.gpus)
+        stack.callback(_leave_group, request)
+        for owner, name, substitute in _substitutes(request):
+            stack.enter_context(_replaced(owner, name, substitute))
+        stack.enter_context(_FakeData())
+        stack.enter_context(observer)
+        yield FakeTrial(build_engine(request, CPU), request)
+
+
+class _FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """A `FakeTensorMode` that knows an answer when a value is read, and is quicker about what is asked most.
+
+    Buffers are made real (`build_model`) and become fake when they are moved to the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        # Memory of which tensor became which, by weak references, with which `Module._apply` cannot replace parameters.
+        converter: Any = self.fake_tensor_converter
+        converter.set_tensor_memo = lambda tensor, fake: None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # autograd asks each tensor: most of all calls
+            return args[0].fake_device
+        if func is _ITEM and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            # Booleans, and DeepSpeed's bytes, ask for trouble (an overflow, a NaN); there is none. Norms are positive.
+            dtype = args[0].dtype
+            return 1.0 if dtype.is_floating_point else int(dtype not in (torch.bool, torch.uint8))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: no wrapper around each call that keeps torch.compile out; nothing is compiled here."""
+        return False
+
+
+_DEVICE: Any = torch.ops.prim.device.default
+_ITEM: Any = torch.ops.aten._local_scalar_dense.default
+
+
+def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
+    """(owner, name, substitute) of the functions that cannot work without data."""
+    # Weights have no values.
+    yield autotune.modeling.build, "write_initial_weights", lambda *args: None
+    # Batches hold one sequence a row, so position ids find nothing packed. transformers does not look where it believes
+    # to be traced, and then makes a mask that no training step has.
+    yield transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None
+    if request.config.engine == "pytorch":
+        # Compares shapes over the ranks, in C++ and by address.
+        yield ddp, "_verify_param_shape_across_processes", lambda *args, **kwargs: None
+        yield ddp.DistributedDataParallel, "_ddp_init_helper", _with_fake_reducer(ddp.DistributedDataParallel)
+    else:
+        import deepspeed.runtime.engine
+        import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+
+        from autotune.engines import deepspeed as engine
+
+        yield engine, "write_partitioned_weights", lambda *args: None
+        yield coordinator, "assert_ints_same_as_other_ranks", lambda ints: None
+        # Names for debugging, by weak references, with which a FakeTensor cannot be replaced in place.
+        yield deepspeed.runtime.engine, "debug_extract_module_and_param_names", lambda model: None
+
+
+def _with_fake_reducer(cls: Any) -> Callable[..., None]:
+    """DDP's initialisation, followed by what spares its reducer the reading of data."""
+    original = cls._ddp_init_helper
+
+    def reduce(state: None, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        # DDP's own hook waits for a result that a pretended all-reduce does not have.
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def init_helper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _register_comm_hook(self.reducer, None, reduce)
+        self.reducer = _FixedBuckets(self.reducer)
+
+    return init_helper
+
+
+class _FixedBuckets:
+    """A DDP reducer that keeps its first buckets. Others, of as many bytes, follow the order of the first backward."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, substitute: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, substitute)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def _environment_restored() -> Iterator[None]:
+    """DeepSpeed's engine reads its place from the environment, which the engine sets."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _leave_group(request: TrialRequest) -> None:
+    if request.config.engine == "deepspeed":
+        import deepspeed.comm
+
+        if deepspeed.comm.is_initialized():  # else it never came so far
+            deepspeed.comm.destroy_process_group()  # torch's, and what it keeps of it
+            return
+    dist.destroy_process_group()

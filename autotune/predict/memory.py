@@ -1,0 +1,150 @@
+"""Memory of a training config without a device: from the traced step of its structure to `MemoryPrediction`.
+
+A structure is all of a config that shapes the step: the engine, its settings, the number of ranks. Batch and length
+only scale it, and so does depth where layers repeat. A structure is traced once, in a few seconds, and kept on disk.
+
+What is predicted is exact for a CPU, where live tensors are the memory (`benchmarks/memory_cpu.py`). On a GPU it is a
+hypothesis until measured there: kernels differ in what they save, and `CONTEXT` and fragmentation are estimates.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autotune import __version__
+from autotune.predict import device
+from autotune.predict.stream import SitedStream, Stream
+from autotune.spec.cluster import ClusterSpec
+from autotune.spec.config import TrialConfig
+from autotune.spec.model import ModelSpec
+from autotune.spec.prediction import MemoryPrediction, Part
+from autotune.spec.workload import Workload
+
+CPU_DEVIATION = 0.002
+"""A ratio: the largest error over the demo space, on either engine."""
+GPU_DEVIATION = 0.06
+"""A ratio. No measurement stands behind it yet: it covers fragmentation, which is not predicted, and other kernels."""
+
+_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
+
+
+def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cluster: ClusterSpec) -> MemoryPrediction:
+    """Peaks of the fullest rank of a trial.
+
+    Raises:
+        ValueError: the global batch does not divide.
+        UsageError: the engine refuses the config.
+    """
+    accumulates = workload.gradient_accumulation_steps(config) > 1
+    batch, length = np.array([config.micro_batch_size]), np.array([config.sequence_length])
+    streams = rank_streams(model, config, accumulates=accumulates)
+    fullest = max(streams, key=lambda stream: float(stream.peak_bytes(batch, length, cluster.device)[0]))
+    parts = fullest.breakdown(config.micro_batch_size, config.sequence_length, cluster.device)
+    if cluster.device == "cpu":
+        peak = sum(parts.values())
+        return MemoryPrediction(
+            allocated_bytes=peak,
+            reserved_bytes=peak,
+            device_used_bytes=peak,
+            host_bytes=0,
+            breakdown=parts,
+            deviation=CPU_DEVIATION,
+        )
+    ranks_on_node = min(config.gpus, cluster.gpus_per_node)
+    host = parts.pop(Part.HOST, 0) * ranks_on_node
+    allocated = sum(parts.values())
+    parts[Part.CONTEXT] = _context_bytes(cluster.gpu.name, config.gpus, ranks_on_node)
+    return MemoryPrediction(
+        allocated_bytes=allocated,
+        reserved_bytes=allocated,
+        device_used_bytes=sum(parts.values()),
+        host_bytes=host,
+        breakdown=parts,
+        deviation=GPU_DEVIATION,
+    )
+
+
+def rank_streams(model: ModelSpec, config: TrialConfig, *, accumulates: bool) -> list[Stream | SitedStream]:
+    """The streams of the ranks that may be the fullest: of the first, and of the last where partitions are uneven."""
+    uneven = config.engine == "deepspeed" and config.zero_stage in (1, 2)
+    ranks = {0, config.gpus - 1} if uneven else {0}
+    return [_stream(_structure(model, config, accumulates, rank)) for rank in sorted(ranks)]
+
+
+def is_traced(model: ModelSpec, config: TrialConfig, *, accumulates: bool) -> bool:
+    """Whether the structure of the config is on disk already."""
+    return _file(_structure(model, config, accumulates, 0)).exists()
+
+
+def _context_bytes(gpu: str, gpus: int, ranks_on_node: int) -> int:
+    size = device.CUDA_CONTEXT_BYTES + device.workspace_bytes(gpu)
+    return size + (device.communicator_bytes(gpu, ranks_on_node) if gpus > 1 else 0)
+
+
+def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: int) -> str:
+    """Everything that the traced step depends on, as JSON."""
+    fields = config.to_dict()
+    del fields["sequence_length"]
+    fields["micro_batch_size"] = min(2, config.micro_batch_size)
+    return json.dumps(
+        {
+            "model": {"name": model.name, "config": model.config},
+            "config": fields,
+            "accumulates": accumulates,
+            "rank": rank,
+            "versions": {"autotune": __version__, **{p: importlib.metadata.version(p) for p in _PACKAGES}},
+        },
+        sort_keys=True,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _stream(structure: str) -> Stream | SitedStream:
+    """From memory, from disk, or traced."""
+    file = _file(structure)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return _from_arrays(stored)
+    except (OSError, ValueError, KeyError):  # not there, or cut off by a full disk
+        pass
+    from autotune.predict.trace import trace_stream  # torch, transformers and the engine: not for what is on disk
+
+    fields: dict[str, Any] = json.loads(structure)
+    config = TrialConfig.from_dict({**fields["config"], "sequence_length": 1})
+    model = ModelSpec(**fields["model"])
+    stream = trace_stream(model, config, accumulates=fields["accumulates"], rank=fields["rank"])
+    _keep(file, stream)
+    return stream
+
+
+def _file(structure: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "autotune" / "traces" / f"{hashlib.sha256(structure.encode()).hexdigest()[:32]}.npz"
+
+
+def _keep(file: Path, stream: Stream | SitedStream) -> None:
+    fresh = file.with_name(f".{file.name}.{os.getpid()}.npz")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(fresh, **dict(_arrays(stream)))
+        fresh.replace(file)
+    except OSError:  # a home that cannot be written costs time, nothing else
+        fresh.unlink(missing_ok=True)
+
+
+def _arrays(stream: Stream | SitedStream) -> Iterable[tuple[str, Any]]:
+    return ((name, getattr(stream, name)) for name in type(stream).__dataclass_fields__)
+
+
+def _from_arrays(stored: Any) -> Stream | SitedStream:
+    if "live" in stored:
+        return Stream(stored["live"])
+    arrays: dict[str, Any] = {name: stored[name] for name in SitedStream.__dataclass_fields__}
+    return SitedStream(**{**arrays, "steps": float(arrays["steps"])})

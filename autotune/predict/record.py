@@ -1,0 +1,146 @@
+"""`Recorder`: writes down each change of live memory during a step, cut into segments and named by what it is for."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from autotune.modeling.memory_tracker import MemoryTracker
+from autotune.predict.stream import Change, Key, Kind
+from autotune.spec.prediction import Part
+
+_COLLECTIVES = ("c10d", "fsdp", "resize_")
+"""Operators whose results are what sharding works in: gathered parameters and reduction buffers."""
+
+
+class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
+    """A `MemoryTracker` that keeps the changes themselves.
+
+    Args:
+        vocab_size: a tensor with this dimension is part of the logits.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self._vocab_size = vocab_size
+        self._operator = ""
+        self._part = Part.ACTIVATIONS
+        self._blocks: list[tuple[str, int, int]] = []  # (operator, bytes, block)
+        self._parts: dict[int, Part] = {}  # block -> what it is for
+        self._numbers: dict[int, int] = {}  # storage -> block
+        self._ends: dict[Key, int] = {}  # segment -> changes up to its end
+        self._key: Key | None = None
+
+    def begin(self, standing: Mapping[Part, Iterable[torch.Tensor]]) -> dict[Part, int]:
+        """Start recording; what lives now is standing.
+
+        Args:
+            standing: the tensors of each part; what is in none of them is buffers.
+
+        Returns:
+            Bytes of each part.
+        """
+        sizes: dict[Part, int] = {}
+        seen: set[int] = set()
+        for part, tensors in standing.items():
+            for tensor in tensors:
+                for storage in _storages(tensor):
+                    if storage._cdata in self._storages and storage._cdata not in seen:
+                        seen.add(storage._cdata)
+                        self._parts[self._numbers[storage._cdata]] = part
+                        sizes[part] = sizes.get(part, 0) + self._storages[storage._cdata]
+        rest = self.live_bytes - sum(sizes.values())
+        if rest:
+            sizes[Part.BUFFERS] = sizes.get(Part.BUFFERS, 0) + rest
+        self._blocks.clear()
+        return sizes
+
+    def enter(self, micro_step: int, kind: Kind, layer: int = 0) -> None:
+        """The changes from here on belong to this segment."""
+        if self._key is not None:
+            self._ends[self._key] = len(self._blocks)
+        self._key = (micro_step, kind, layer)
+
+    def name_all(self, living: Mapping[Part, Iterable[torch.Tensor]]) -> None:
+        """Say what living tensors are for, where their making did not show it."""
+        for part, tensors in living.items():
+            for tensor in tensors:
+                for storage in _storages(tensor):
+                    number = self._numbers.get(storage._cdata)
+                    if number is not None:
+                        self._parts[number] = part
+
+    def end(self) -> tuple[dict[Part, int], dict[Key, tuple[Change, ...]]]:
+        """Stop recording.
+
+        Returns:
+            Bytes of each part by which memory changed for good: what was made and kept, such as optimizer states, less
+            what lived before and was given up. And the changes without those, as a later step has them, which begins
+            with what the first one left.
+        """
+        self.enter(-1, "after")
+        balance: Counter[int] = Counter()
+        changes: Counter[int] = Counter()
+        for _, size, block in self._blocks:
+            balance[block] += size
+            changes[block] += 1
+        lasting = {block for block in balance if balance[block] and changes[block] == 1}
+        sizes: dict[Part, int] = {}
+        found: dict[Key, tuple[Change, ...]] = {}
+        begin = 0
+        for key, end in self._ends.items():
+            kept = []
+            for operator, size, block in self._blocks[begin:end]:
+                part = self._parts[block]
+                if block in lasting:
+                    sizes[part] = sizes.get(part, 0) + size
+                else:
+                    kept.append(Change(operator, size, part))
+            found[key], begin = tuple(kept), end
+        return sizes, found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # autograd asks each tensor: most of all calls
+            return func(*args)
+        self._operator = str(func)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: no wrapper around each call that keeps torch.compile out; nothing is compiled here."""
+        return False
+
+    def _count(self, tensor: torch.Tensor) -> int:
+        self._part = Part.ACTIVATIONS
+        if self._operator.startswith(_COLLECTIVES):
+            self._part = Part.BUFFERS
+        elif self._vocab_size in tensor.shape:
+            self._part = Part.LOGITS
+        return super()._count(tensor)
+
+    def _recount(self, storage: torch.UntypedStorage) -> int:
+        known = self._storages.get(storage._cdata, 0)
+        grown = super()._recount(storage)
+        key = storage._cdata
+        if key not in self._numbers:
+            self._numbers[key] = len(self._parts)
+            self._parts[self._numbers[key]] = self._part
+        if grown:
+            if known:
+                self._blocks.append(("resize", -known, self._numbers[key]))
+            if known + grown:
+                self._blocks.append((self._operator, known + grown, self._numbers[key]))
+        return grown
+
+    def _release(self, key: int) -> None:
+        size = self._storages[key]
+        super()._release(key)
+        number = self._numbers.pop(key)
+        if size:
+            self._blocks.append(("free", -size, number))
+
+
+def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    local = getattr(tensor, "_local_tensor", tensor)
+    return [local.untyped_storage()] if local.layout is torch.strided and not local.is_meta else []

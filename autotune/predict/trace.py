@@ -1,0 +1,184 @@
+"""Traces the step of one structure: the engine's own, of a shallow model and on fake tensors."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from autotune.predict.fake import fake_trial
+from autotune.predict.record import Recorder
+from autotune.predict.stream import (
+    CHECKED_BATCH,
+    CHECKED_LENGTH,
+    TRACED_BATCH,
+    TRACED_LAYERS,
+    TRACED_LENGTH,
+    SitedStream,
+    Stream,
+    Structure,
+    StructureError,
+    Trace,
+)
+from autotune.spec.config import TrialConfig
+from autotune.spec.model import ModelSpec
+from autotune.spec.outcome import Phase
+from autotune.spec.prediction import Part
+from autotune.spec.request import TrialRequest
+from autotune.spec.workload import Workload
+
+
+class Inspectable(Protocol):
+    """What both engines tell of themselves besides running steps."""
+
+    def living_tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What lives between passes, by `Part`."""
+
+
+MAX_WHOLE_LAYERS = 6
+"""A model no deeper is traced as it is."""
+UNEVEN_LAYERS = 8
+"""Depth of the second trace where layers do not repeat, deep enough for buckets to fill a few times."""
+
+
+def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, rank: int = 0) -> Stream | SitedStream:
+    """Trace what `config` does with `model`, whatever its micro-batch size and sequence length.
+
+    Args:
+        model: the architecture.
+        config: of its micro-batch size, only whether it is one sequence or several counts.
+        accumulates: an optimizer step has more than one micro-step.
+        rank: whose step it is.
+
+    Raises:
+        UsageError: the engine refuses the config.
+    """
+    single = config.micro_batch_size == 1
+    depth = model.num_hidden_layers
+
+    def record(layers: int, batch: int, length: int) -> Trace:
+        return record_trace(model, config, layers, 1 if single else batch, length, accumulates=accumulates, rank=rank)
+
+    if depth <= MAX_WHOLE_LAYERS:
+        return Stream.of(record(depth, TRACED_BATCH, TRACED_LENGTH))
+    shallow = record(TRACED_LAYERS, TRACED_BATCH, TRACED_LENGTH)
+    deeper = record(TRACED_LAYERS + 1, CHECKED_BATCH, CHECKED_LENGTH)
+    try:
+        return Structure.fit(shallow, deeper).stream(depth)
+    except StructureError:
+        return SitedStream.between(shallow, record(UNEVEN_LAYERS, TRACED_BATCH, TRACED_LENGTH), depth)
+
+
+def record_trace(
+    model: ModelSpec,
+    config: TrialConfig,
+    layers: int,
+    micro_batch_size: int,
+    sequence_length: int,
+    *,
+    accumulates: bool,
+    rank: int = 0,
+) -> Trace:
+    """Run the step at one size and write down what it allocates.
+
+    The trace has one optimizer step, the first, which makes what later steps find: optimizer states, and buffers that
+    are kept. Those are standing bytes here, and their making is left out.
+    """
+    steps = 2 if accumulates else 1
+    config = replace(config, micro_batch_size=micro_batch_size, sequence_length=sequence_length)
+    request = TrialRequest(
+        trial_id="trace",
+        model=ModelSpec(name=model.name, config=_shallow(model.config, layers)),
+        workload=Workload(global_batch_size=micro_batch_size * config.data_parallel_size * steps),
+        config=config,
+        device="cpu",
+    )
+    recorder = Recorder(model.vocab_size)
+    with fake_trial(request, recorder, rank) as trial, _Marks(recorder, layers) as marks:
+        engine: Any = trial.engine
+        if config.engine == "deepspeed" and config.zero_stage == 3:
+            # The first step only learns the order of the modules; from the second on parameters are prefetched.
+            trial.run([True])
+        standing = recorder.begin(_by_part(engine))
+        for boundary in [False] * (steps - 1) + [True]:
+            trial.run([boundary], _naming(engine, recorder, marks.on_phase))
+            recorder.name_all(_by_part(engine))
+        lasting, segments = recorder.end()
+    for part, size in lasting.items():
+        standing[part] = standing.get(part, 0) + size
+    return Trace(layers, micro_batch_size, sequence_length, standing, segments)
+
+
+class _Marks:
+    """Tells the recorder where layers begin and end, through PyTorch's hooks on all modules."""
+
+    def __init__(self, recorder: Recorder, layers: int) -> None:
+        self._recorder = recorder
+        self._last = layers - 1
+        self._layers: dict[int, int] = {}  # id of a module -> its number
+        self._micro_step = -1
+        self._phase = Phase.START
+
+    def __enter__(self) -> "_Marks":
+        self._stack = ExitStack()
+        for handle in (
+            register_module_forward_pre_hook(self._before_forward),
+            register_module_forward_hook(self._after_forward),
+        ):
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def on_phase(self, phase: Phase) -> None:
+        """The trial enters a phase."""
+        self._phase = phase
+        if phase is Phase.FORWARD:
+            self._micro_step += 1
+            self._recorder.enter(self._micro_step, "before")
+
+    def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
+        # In the backward pass layers run again where activations are checkpointed.
+        if self._phase is not Phase.FORWARD or not isinstance(module, GradientCheckpointingLayer):
+            return
+        layer = self._layers.setdefault(id(module), len(self._layers))
+        self._recorder.enter(self._micro_step, "forward", layer)
+        if layer == 0:
+            self._when_gradient(args[0], "after", 0)
+
+    def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._phase is not Phase.FORWARD or not isinstance(module, GradientCheckpointingLayer):
+            return
+        layer = self._layers[id(module)]
+        self._when_gradient(output[0] if isinstance(output, tuple) else output, "backward", layer)
+        if layer == self._last:
+            self._recorder.enter(self._micro_step, "between")
+
+    def _when_gradient(self, tensor: torch.Tensor, kind: Any, layer: int) -> None:
+        tensor.register_hook(lambda _: self._recorder.enter(self._micro_step, kind, layer))  # type: ignore[no-untyped-call]
+
+
+def _naming(engine: Inspectable, recorder: Recorder, on_phase: Callable[[Phase], None]) -> Callable[[Phase], None]:
+    """Gradients can be recognised between the backward pass and the update that clears them."""
+
+    def told(phase: Phase) -> None:
+        if phase is Phase.OPTIMIZER:
+            recorder.name_all(_by_part(engine))
+        on_phase(phase)
+
+    return told
+
+
+def _by_part(engine: Inspectable) -> dict[Part, list[torch.Tensor]]:
+    return {Part(name): tensors for name, tensors in engine.living_tensors().items()}
+
+
+def _shallow(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config of the same model with fewer layers; what it lists per layer becomes shorter too."""
+    depth = config["num_hidden_layers"]
+    cut = {key: value[:layers] for key, value in config.items() if isinstance(value, list) and len(value) == depth}
+    return {**config, **cut, "num_hidden_layers": layers}
