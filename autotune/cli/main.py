@@ -27,17 +27,18 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Entry point: every error a user can cause is one sentence on stderr and an exit code."""
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code or ExitCode.DONE)
+        code = app(standalone_mode=False) or ExitCode.DONE
     except typer.TyperException as error:  # its usage errors; `standalone_mode` would print them and exit for us
         error.show()  # type: ignore[attr-defined] # every usage error of typer has it
-        sys.exit(ExitCode.USAGE)
+        code = ExitCode.USAGE
     except AutotuneError as error:
         Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED
+    if code == ExitCode.INTERRUPTED:  # typer makes this code of most interrupts itself, without a word
         Console(stderr=True, soft_wrap=True).print("interrupted; the same command goes on from here")
-        sys.exit(ExitCode.INTERRUPTED)
+    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:

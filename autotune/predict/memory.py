@@ -57,10 +57,9 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
             breakdown=parts,
             deviation=CPU_DEVIATION,
         )
-    ranks_on_node = min(config.gpus, cluster.gpus_per_node)
-    host = parts.pop(Part.HOST, 0) * ranks_on_node
+    host = parts.pop(Part.HOST, 0) * min(config.gpus, cluster.gpus_per_node)
     allocated = sum(parts.values())
-    parts[Part.CONTEXT] = _context_bytes(cluster.gpu.name, config.gpus, ranks_on_node)
+    parts[Part.CONTEXT] = context_bytes(config, cluster)
     return MemoryPrediction(
         allocated_bytes=allocated,
         reserved_bytes=allocated,
@@ -83,9 +82,13 @@ def is_traced(model: ModelSpec, config: TrialConfig, *, accumulates: bool) -> bo
     return _file(_structure(model, config, accumulates, 0)).exists()
 
 
-def _context_bytes(gpu: str, gpus: int, ranks_on_node: int) -> int:
+def context_bytes(config: TrialConfig, cluster: ClusterSpec) -> int:
+    """What no tensor owns: the CUDA context, cuBLAS's workspace and a communicator; nothing on a CPU."""
+    if cluster.device == "cpu":
+        return 0
+    gpu, ranks_on_node = cluster.gpu.name, min(config.gpus, cluster.gpus_per_node)
     size = device.CUDA_CONTEXT_BYTES + device.workspace_bytes(gpu)
-    return size + (device.communicator_bytes(gpu, ranks_on_node) if gpus > 1 else 0)
+    return size + (device.communicator_bytes(gpu, ranks_on_node) if config.gpus > 1 else 0)
 
 
 def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: int) -> str:

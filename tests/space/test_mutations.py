@@ -144,6 +144,7 @@ def read_or_refuse(path: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # half a minute of one idle core
 @given(restructured() | scribbled())
 @settings(

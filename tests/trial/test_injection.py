@@ -25,8 +25,12 @@ from autotune.trial.host_memory import oom_kills
 from autotune.trial.pool import GangResult, NodePool
 from tests.trial.gangs import a_request, command, run
 
-REAL = pytest.mark.parametrize(("engine", "zero_stage"), [("pytorch", 3), ("deepspeed", 2)])
-BOTH = pytest.mark.parametrize(("engine", "zero_stage"), [("pytorch", 0), ("deepspeed", 3)])
+REAL = pytest.mark.parametrize(
+    ("engine", "zero_stage"), [("pytorch", 3), pytest.param("deepspeed", 2, marks=pytest.mark.slow)]
+)
+BOTH = pytest.mark.parametrize(
+    ("engine", "zero_stage"), [("pytorch", 0), pytest.param("deepspeed", 3, marks=pytest.mark.slow)]
+)
 SHORT = MeasureSettings(micro_steps=3)
 
 
