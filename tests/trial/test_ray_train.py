@@ -177,7 +177,9 @@ def test_both_launchers_find_out_the_same(tmp_path: Path) -> None:
             assert found["rank"] in (0, 1)
             assert set(found["phase_seconds"]) == set(expected["phase_seconds"])
             continue
-        assert found["peak_memory_allocated_bytes"] == expected["peak_memory_allocated_bytes"]
+        # Equal to the byte, unless a tensor in a reference cycle waits for Python's collector, whose moment is chance.
+        peak = pytest.approx(expected["peak_memory_allocated_bytes"], rel=0.02)
+        assert found["peak_memory_allocated_bytes"] == peak
         assert set(found["phase_seconds"]) == set(expected["phase_seconds"])
         for ours, theirs in zip(found["ranks"], expected["ranks"], strict=True):
             assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
