@@ -183,6 +183,11 @@ class Study:
         return config in self._outcomes or config in self._again
 
     @property
+    def known_count(self) -> int:
+        """How many configs `known` knows, at most."""
+        return len(self._outcomes) + len(self._again)
+
+    @property
     def stop_reason(self) -> str | None:
         """Why nothing more may be started, or None."""
         budget = self.space.file.budget

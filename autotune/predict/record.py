@@ -1,10 +1,13 @@
 """`Recorder`: writes down each change of live memory during a step, cut into segments and named by what it is for."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_iter
 
 from autotune.modeling.memory_tracker import MemoryTracker
 from autotune.predict.stream import Change, Key, Kind
@@ -15,7 +18,7 @@ _COLLECTIVES = ("c10d", "fsdp", "resize_")
 
 
 class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
-    """A `MemoryTracker` that keeps the changes themselves.
+    """A `MemoryTracker` that keeps the changes themselves. It has no peak and no sites, which follow from them.
 
     Args:
         vocab_size: a tensor with this dimension is part of the logits.
@@ -103,8 +106,15 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # autograd asks each tensor: most of all calls
             return func(*args)
-        self._operator = str(func)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        self._operator = _name(func)
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, torch.Tensor):
+            self._count(result)
+        else:
+            for leaf in tree_iter(result):
+                if isinstance(leaf, torch.Tensor):
+                    self._count(leaf)
+        return result
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -117,6 +127,8 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
             self._part = Part.BUFFERS
         elif self._vocab_size in tensor.shape:
             self._part = Part.LOGITS
+        if type(tensor) is FakeTensor:  # nothing is wrapped, and to ask through PyTorch for its device is dear
+            return 0 if tensor.fake_device.type == "meta" else self._recount(tensor.untyped_storage())
         return super()._count(tensor)
 
     def _recount(self, storage: torch.UntypedStorage) -> int:
@@ -139,6 +151,12 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
         number = self._numbers.pop(key)
         if size:
             self._blocks.append(("free", -size, number))
+
+
+@functools.cache
+def _name(operator: Any) -> str:
+    """Made anew by each `str`."""
+    return str(operator)
 
 
 def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:

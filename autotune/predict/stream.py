@@ -7,8 +7,8 @@ One trace tells which, if its batch and length are primes that no other dimensio
 then a line in the quantities, and the peak is the largest of these lines. Over equal layers in a row a line is extreme
 at the first or the last of them, so that depth costs nothing.
 
-This holds as far as layers do repeat and sizes are such products, which is checked and not assumed: two middle layers
-must be equal, and the lines must go through a second trace, of another batch, length and depth.
+This holds as far as layers do repeat and sizes are such products, which is checked and not assumed: the lines must go
+through a second trace, of another batch, length and depth, and those of the layer in the middle through two layers.
 """
 
 import difflib
@@ -30,8 +30,10 @@ Key = tuple[int, Kind, int]
 """(micro-step, kind, layer) of a segment; layer 0 where the kind has none."""
 
 PARTS: tuple[Part, ...] = tuple(Part)
-TRACED_LAYERS = 4
-"""The first, the last, and two between that must be equal."""
+TRACED_LAYERS = 3
+"""The first, the last, and one between, of which the second trace must have two."""
+
+_MIDDLE = 1
 
 
 class StructureError(ValueError):
@@ -227,7 +229,6 @@ class Structure:
         templates: dict[Key, Template] = {}
         for key, changes in trace.segments.items():
             templates[key] = _with_growth(key, _template(changes, trace), changes, deeper, at_check)
-        _require_repetition(templates)
         standing = _by_part(trace.standing)
         return cls(standing, _by_part(deeper.standing) - standing, templates)
 
@@ -255,7 +256,7 @@ class Structure:
     def _repeats(self, key: Key, more: int) -> Iterator[int]:
         """How often the segment's template is applied, as one or two runs."""
         yield 1
-        if key[1] in ("forward", "backward") and key[2] == TRACED_LAYERS // 2 and more:
+        if key[1] in ("forward", "backward") and key[2] == _MIDDLE and more:
             yield more
 
 
@@ -283,16 +284,19 @@ def _with_growth(
 ) -> Template:
     """Add what a deeper model has more in the segment. Within layers nothing may differ."""
     micro_step, kind, layer = key
-    # The deeper model's last layer is the shallow one's last.
-    same = (micro_step, kind, layer + (kind in ("forward", "backward") and layer > TRACED_LAYERS // 2))
-    found = deeper.segments[same]
-    sizes = np.array([change.bytes for change in found], np.float64)
     expected = template.lines @ at_check
-    if kind in ("forward", "backward"):
-        if len(sizes) != len(expected) or not np.allclose(sizes, expected, rtol=1e-6, atol=64):
-            raise StructureError(f"a change in {_name(key)} is no line in batch and length")
-        return template
-    return _aligned(key, template, expected, changes, found)
+    if kind not in ("forward", "backward"):
+        return _aligned(key, template, expected, changes, deeper.segments[key])
+    # The deeper model's last layer is the shallow one's last.
+    if not _is_like(deeper.segments[micro_step, kind, layer + (layer > _MIDDLE)], expected):
+        raise StructureError(f"a change in {_name(key)} is no line in batch and length")
+    if layer == _MIDDLE and not _is_like(deeper.segments[micro_step, kind, layer + 1], expected):
+        raise StructureError(f"{_name((micro_step, kind, layer + 1))} is not like that of the layer before")
+    return template
+
+
+def _is_like(changes: Sequence[Change], expected: NDArray[np.float64]) -> bool:
+    return len(changes) == len(expected) and np.allclose([c.bytes for c in changes], expected, rtol=1e-6, atol=64)
 
 
 def _aligned(
@@ -323,14 +327,6 @@ def _aligned(
 
 def _role(change: Change) -> tuple[str, Part]:
     return change.operator, change.part
-
-
-def _require_repetition(templates: dict[Key, Template]) -> None:
-    for (micro_step, kind, layer), template in templates.items():
-        if kind in ("forward", "backward") and layer == TRACED_LAYERS // 2:
-            other = templates[micro_step, kind, layer - 1]
-            if template.lines.shape != other.lines.shape or not np.allclose(template.lines, other.lines, atol=64):
-                raise StructureError(f"{_name((micro_step, kind, layer))} is not like that of the layer before")
 
 
 def _per_part(template: Template, more: int) -> NDArray[np.float64]:

@@ -1,7 +1,8 @@
 """Traces the step of one structure: the engine's own, of a shallow model and on fake tensors."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -97,11 +98,12 @@ def record_trace(
         device="cpu",
     )
     recorder = Recorder(model.vocab_size)
-    with fake_trial(request, recorder, rank) as trial, _Marks(recorder, layers) as marks:
+    with _no_collection(), fake_trial(request, recorder, rank) as trial, _Marks(recorder, layers) as marks:
         engine: Any = trial.engine
         if config.engine == "deepspeed" and config.zero_stage == 3:
             # The first step only learns the order of the modules; from the second on parameters are prefetched.
             trial.run([True])
+        gc.collect()
         standing = recorder.begin(_by_part(engine))
         for boundary in [False] * (steps - 1) + [True]:
             trial.run([boundary], _naming(engine, recorder, marks.on_phase))
@@ -110,6 +112,18 @@ def record_trace(
     for part, size in lasting.items():
         standing[part] = standing.get(part, 0) + size
     return Trace(layers, micro_batch_size, sequence_length, standing, segments)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage in cycles goes when a trace says so, not by chance; and what is there already is not looked through."""
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 class _Marks:

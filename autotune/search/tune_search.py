@@ -28,11 +28,7 @@ MAX_REDRAWS = 100
 
 def distributions(space: Space) -> dict[str, CategoricalDistribution]:
     """One categorical per axis that is really searched, `n/a` among its choices where the axis is conditional."""
-    used: dict[str, set[Any]] = {axis: set() for axis in space.axes}
-    for config in space.candidates:
-        for axis, value in space.values(config).items():
-            used[axis].add(value)
-    choices = {axis: [v for v in (*space.axes[axis], NOT_APPLICABLE) if v in used[axis]] for axis in space.axes}
+    choices = {axis: space.used(axis) for axis in space.axes}
     return {axis: CategoricalDistribution(values) for axis, values in choices.items() if len(values) > 1}
 
 
@@ -117,8 +113,10 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
                 return config
             # FAIL is the one state that no sampler learns from.
             self._ot_study.tell(trial, state=TrialState.FAIL)
-        untried = [config for config in self._tune_space.candidates if not self._study.known(config)]
-        return self._random.choice(untried) if untried else None
+        candidates = self._tune_space.candidates
+        # One more than the study knows: among so many there is an untried one, if there is any at all.
+        drawn = self._random.sample(range(len(candidates)), min(len(candidates), self._study.known_count + 1))
+        return next((candidates[at] for at in drawn if not self._study.known(candidates[at])), None)
 
     def _config(self, params: dict[str, Any]) -> TrialConfig:
         values = {axis: allowed[0] for axis, allowed in self._tune_space.axes.items()}

@@ -1,6 +1,11 @@
-"""The rules that refuse a config before any process starts. Each names the values that clash and why."""
+"""The rules that refuse a config before any process starts. Each names the values that clash and why.
+
+A rule says which fields it reads, so that a space of millions is judged on the few combinations of those alone
+(`autotune.space.grid`).
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from autotune.formats.targets import Target, no_target
 from autotune.spec.cluster import ClusterSpec
@@ -8,26 +13,48 @@ from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
-Rule = Callable[[TrialConfig, Workload, ModelSpec, ClusterSpec], str | None]
+Judge = Callable[[TrialConfig, Workload, ModelSpec, ClusterSpec], str | None]
 
 
-def refusal(
-    config: TrialConfig, workload: Workload, model: ModelSpec, cluster: ClusterSpec, targets: tuple[Target, ...]
-) -> str | None:
-    """Why the config is illegal, or None when it is legal: it can run, and one of `targets` can run it afterwards."""
-    for rule in RULES:
-        reason = rule(config, workload, model, cluster)
-        if reason is not None:
-            return reason
-    return no_target(targets, config)
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Calling it gives the reason why a config is illegal, or None."""
+
+    reads: tuple[str, ...]
+    """The fields of the config that decide; whatever the others are, the answer is the same."""
+    judge: Judge
+
+    def __call__(self, config: TrialConfig, workload: Workload, model: ModelSpec, cluster: ClusterSpec) -> str | None:
+        """Why the config is illegal, or None when this rule has nothing against it."""
+        return self.judge(config, workload, model, cluster)
 
 
-def deepspeed_key_applies(key: str, config: TrialConfig) -> bool:
-    """Whether a DeepSpeed key changes anything under this config.
+def _reads(*fields: str) -> Callable[[Judge], Rule]:
+    return lambda judge: Rule(fields, judge)
 
-    A key that does not apply is left out, so that two configs which run the same are one candidate. ZeRO keys need
-    ZeRO; `stage3_*` and `sub_group_size` are read by stage 3 alone (deepspeed/runtime/zero/config.py).
+
+def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
+    """Every rule of a study, in the order in which they speak: the config can run, and a target can run it later."""
+    return (*RULES, Rule(("engine",), lambda config, *_: no_target(targets, config)))
+
+
+AXES_OF_CONDITIONS = ("engine", "zero_stage", "activation_checkpointing")
+"""What `applies` reads of a config."""
+
+
+def applies(axis: str, config: TrialConfig) -> bool:
+    """Whether an axis changes anything under this config.
+
+    One that does not is left out, so that two configs which run the same are one candidate.
     """
+    if axis == "selective_every":
+        return config.activation_checkpointing == "selective"
+    group, _, key = axis.partition(".")
+    return _deepspeed_key_applies(key, config) if group == "deepspeed" else True
+
+
+def _deepspeed_key_applies(key: str, config: TrialConfig) -> bool:
+    """ZeRO keys need ZeRO; stage 3 alone reads `stage3_*` and `sub_group_size` (deepspeed/runtime/zero/config.py)."""
     if config.engine != "deepspeed":
         return False
     group, _, name = key.partition(".")
@@ -38,6 +65,7 @@ def deepspeed_key_applies(key: str, config: TrialConfig) -> bool:
     return config.zero_stage >= 1
 
 
+@_reads("micro_batch_size", "gpus")
 def _batch_divides(config: TrialConfig, workload: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     try:
         workload.gradient_accumulation_steps(config)
@@ -46,6 +74,7 @@ def _batch_divides(config: TrialConfig, workload: Workload, _model: ModelSpec, _
     return None
 
 
+@_reads("gpus")
 def _fits_the_cluster(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
     per_node = cluster.gpus_per_node
     if config.gpus > cluster.total_gpus:
@@ -55,6 +84,7 @@ def _fits_the_cluster(config: TrialConfig, _work: Workload, _model: ModelSpec, c
     return None
 
 
+@_reads("sequence_length")
 def _sequence_fits(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     limit = model.max_position_embeddings
     if config.sequence_length > limit:
@@ -62,12 +92,14 @@ def _sequence_fits(config: TrialConfig, _work: Workload, model: ModelSpec, _clus
     return None
 
 
+@_reads("engine", "zero_stage")
 def _pytorch_stage(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.engine == "pytorch" and config.zero_stage == 1:
         return "zero_stage 1 does not exist on engine pytorch, which shards by FSDP2 (2 and 3) or not at all (0)"
     return None
 
 
+@_reads("offload", "engine", "zero_stage")
 def _offload(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.offload == "none":
         return None
@@ -80,6 +112,7 @@ def _offload(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: 
     return None
 
 
+@_reads("activation_checkpointing", "selective_every")
 def _selective(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.activation_checkpointing != "selective":
         return None
@@ -89,12 +122,14 @@ def _selective(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster:
     return None
 
 
+@_reads("precision", "engine")
 def _fp16_on_cpu(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
     if config.precision == "fp16" and cluster.device == "cpu" and config.engine == "deepspeed":
         return "precision fp16 on engine deepspeed needs a GPU (DeepSpeed refuses fp16 on CPU)"
     return None
 
 
+@_reads("attention", "precision")
 def _flash_attention(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
     if config.attention != "flash_attention_2":
         return None

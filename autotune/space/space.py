@@ -1,14 +1,13 @@
 """`Space`: the axes of a study, its legal candidates, and the way from axis values to configs and back."""
 
 import hashlib
-import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,20 @@ from autotune.errors import (
     UnknownHardwareError,
     shown,
 )
+from autotune.space.candidates import ABSENT, Candidates, Columns
 from autotune.space.file import SpaceFile, parse_space, read_space_file
-from autotune.space.legality import deepspeed_key_applies, refusal
+from autotune.space.grid import Grid
+from autotune.space.legality import Rule, applies, rules
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.record import SpaceRecord, StudyRecord
 from autotune.spec.workload import MeasureSettings, Workload
 
-MAX_COMBINATIONS = 500_000
-"""Each is made and judged in Python, at about 30 microseconds and one kilobyte."""
+MAX_COMBINATIONS = 20_000_000
+"""Each costs one to four bytes to judge, and four more where it is legal."""
+MAX_JUDGED = 100_000
+"""Combinations of the axes that one rule reads: it is asked about each in Python, at some 10 microseconds."""
 
 NOT_APPLICABLE = "n/a"
 """Value of an axis that does nothing under the other axes' values."""
@@ -103,8 +106,8 @@ class Space:
             fields["selective_every"] = None
         config = TrialConfig(**fields, sequence_length=self.file.workload.sequence_length)
         keys = {key.removeprefix("deepspeed."): value for key, value in values.items() if key.startswith("deepspeed.")}
-        applicable = tuple((key, value) for key, value in keys.items() if deepspeed_key_applies(key, config))
-        return replace(config, deepspeed=applicable)
+        applicable = ((key, value) for key, value in keys.items() if applies(f"deepspeed.{key}", config))
+        return replace(config, deepspeed=tuple(applicable))
 
     def values(self, config: TrialConfig) -> dict[str, Scalar]:
         """The inverse of `config`: one value per axis, `NOT_APPLICABLE` where the config has none."""
@@ -115,9 +118,15 @@ class Space:
         }
         return {axis: NOT_APPLICABLE if value is None else value for axis, value in found.items()}
 
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """What a candidate must satisfy; the first that does not gives the reason."""
+        return rules(tuple(self.file.targets))
+
     def refusal(self, config: TrialConfig) -> str | None:
-        """Why the config is illegal, or None."""
-        return refusal(config, self.workload, self.model, self.cluster, tuple(self.file.targets))
+        """Why the config is illegal, or None when it is legal."""
+        reasons = (rule(config, self.workload, self.model, self.cluster) for rule in self.rules)
+        return next((reason for reason in reasons if reason is not None), None)
 
     def __contains__(self, config: TrialConfig) -> bool:
         """Whether the config is a legal candidate of these axes."""
@@ -127,49 +136,50 @@ class Space:
         same = self.config({a: self.axes[a][0] if v == NOT_APPLICABLE else v for a, v in values.items()})
         return same == config and self.refusal(config) is None
 
-    def combinations(self) -> Iterator[TrialConfig]:
-        """Every distinct config of the axes, legal or not."""
-        seen: set[TrialConfig] = set()
-        for combination in itertools.product(*self.axes.values()):
-            config = self.config(dict(zip(self.axes, combination, strict=True)))
-            if config not in seen:
-                seen.add(config)
-                yield config
+    @cached_property
+    def grid(self) -> Grid:
+        """Every combination of the axes with its verdict."""
+        judges = [
+            (rule.reads, partial(rule, workload=self.workload, model=self.model, cluster=self.cluster))
+            for rule in self.rules
+        ]
+        return Grid.judged(self.axes, self.config, judges)
 
     @cached_property
-    def candidates(self) -> tuple[TrialConfig, ...]:
+    def candidates(self) -> Candidates:
         """Every legal candidate, in the order of the file."""
-        return tuple(config for config in self.combinations() if self.refusal(config) is None)
+        return Candidates(self.grid, self.config, self.values)
 
-    @cached_property
+    @property
+    def columns(self) -> Columns:
+        """The candidates as one array an axis, each (candidates,) and in their order: indexes into `axes[axis]`."""
+        return self.candidates.columns
+
+    @property
     def illegal(self) -> Counter[str]:
-        """How many combinations each reason refuses."""
-        reasons = (self.refusal(config) for config in self.combinations())
-        return Counter(reason for reason in reasons if reason is not None)
+        """How many distinct combinations each reason refuses."""
+        return self.grid.illegal
+
+    def used(self, axis: str) -> tuple[Scalar, ...]:
+        """The values of an axis that some candidate has, `NOT_APPLICABLE` last where some candidate has none."""
+        return tuple(NOT_APPLICABLE if at == ABSENT else self.axes[axis][at] for at in self.columns.used(axis))
 
     @cached_property
     def dropped(self) -> tuple[Dropped, ...]:
         """Values that the file lists but no legal candidate has, with the commonest reason."""
-        used: dict[str, set[Scalar]] = {axis: set() for axis in self.axes}
-        for config in self.candidates:
-            for axis, value in self.values(config).items():
-                used[axis].add(value)
-        reasons: dict[tuple[str, Scalar], Counter[str]] = {}
+        found = []
         for axis, values in self.axes.items():
             if axis.partition(".")[0] not in self.file.search.model_fields_set:
                 continue  # our own default, which nobody asked for
-            if axis == "selective_every" and used[axis] == {NOT_APPLICABLE}:
+            used = self.used(axis)
+            if axis == "selective_every" and used == (NOT_APPLICABLE,):
                 continue
-            reasons |= {(axis, value): Counter() for value in values if value not in used[axis]}
-        if reasons:
-            for config in self.combinations():
-                for pair in self.values(config).items():
-                    if pair in reasons:
-                        reasons[pair][self.refusal(config) or ""] += 1
-        nowhere = "it applies to none of the engines and stages listed"
-        return tuple(
-            Dropped(*pair, counts.most_common(1)[0][0] if counts else nowhere) for pair, counts in reasons.items()
-        )
+            for at, value in enumerate(values):
+                if value not in used:
+                    reasons = self.grid.illegal_with(axis, at).most_common(1)
+                    nowhere = "it applies to none of the engines and stages listed"
+                    found.append(Dropped(axis, value, reasons[0][0] if reasons else nowhere))
+        return tuple(found)
 
     @cached_property
     def baseline(self) -> TrialConfig | None:
@@ -256,7 +266,8 @@ def _space(file: SpaceFile, text: str, where: str, model: ModelSpec, cluster: Cl
     axes["gpus"] = tuple(file.search.gpus or [cluster.total_gpus])
     if "selective" not in axes["activation_checkpointing"] and "selective_every" not in file.search.model_fields_set:
         axes["selective_every"] = axes["selective_every"][:1]
-    axes |= {f"deepspeed.{key}": tuple(values) for key, values in file.search.deepspeed.items()}
+    # To DeepSpeed 1 and true may differ; configs that differ in nothing else are equal, so one of them is enough.
+    axes |= {f"deepspeed.{key}": tuple(dict.fromkeys(values)) for key, values in file.search.deepspeed.items()}
     workload = Workload(**file.workload.model_dump(exclude={"sequence_length"}))
     return Space(file=file, text=text, where=where, model=model, cluster=cluster, workload=workload, axes=axes)
 
@@ -271,13 +282,21 @@ def _naming(where: str) -> Iterator[None]:
 
 
 def _check_size(space: Space) -> None:
-    combinations = math.prod(len(values) for values in space.axes.values())
-    if combinations > MAX_COMBINATIONS:
-        longest = sorted(space.axes, key=lambda axis: len(space.axes[axis]), reverse=True)[:3]
+    _check_combinations(space, space.axes, MAX_COMBINATIONS)
+    for rule in space.rules:
+        _check_combinations(space, space.axes.keys() & set(rule.reads), MAX_JUDGED)
+
+
+def _check_combinations(space: Space, axes: Iterable[str], limit: int) -> None:
+    sizes = {axis: len(space.axes[axis]) for axis in space.axes if axis in axes}
+    combinations = math.prod(sizes.values())
+    if combinations > limit:
+        longest = sorted(sizes, key=lambda axis: sizes[axis], reverse=True)[:3]
+        which = "the axes" if len(sizes) == len(space.axes) else " x ".join(sizes)
         count = f"{combinations:,}" if combinations < 10**15 else "more than a quadrillion"
         raise InvalidSpaceError(
-            f"{space.where}: search: the axes have {count} combinations, but at most {MAX_COMBINATIONS:,} are searched;"
-            f" shorten {', '.join(f'{axis[:80]} ({len(space.axes[axis])} values)' for axis in longest)}"
+            f"{space.where}: search: {which} have {count} combinations, but at most {limit:,} are searched;"
+            f" shorten {', '.join(f'{axis[:80]} ({sizes[axis]} values)' for axis in longest)}"
         )
 
 

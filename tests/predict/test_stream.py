@@ -138,10 +138,10 @@ def test_layers_that_differ_are_found_out() -> None:
             }
             return dataclasses.replace(found, segments=odd)
 
-    with pytest.raises(StructureError, match=r"layer 2 is not like|layer 3 is no line"):
+    with pytest.raises(StructureError, match="layer 2 is not like"):
         structure(Alternating())
 
 
 def test_too_shallow_a_model_is_refused() -> None:
-    with pytest.raises(StructureError, match="3 layers"):
-        structure(Step(), single=True).stream(3)
+    with pytest.raises(StructureError, match="2 layers"):
+        structure(Step(), single=True).stream(2)

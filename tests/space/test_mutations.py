@@ -171,9 +171,23 @@ BOMBS = {
     "merge bomb": (_bomb("{x: y}", "{{<<: [{}]}}"), "aliases repeat too much"),
     "a list within itself": ("study: &a [*a]", "aliases repeat too much"),
     "deep": ("[" * 20_000, "nested too deeply"),
+    "a billion combinations": (
+        space_text(search={"micro_batch_size": THOUSAND, "selective_every": THOUSAND[1:], "gpus": THOUSAND}),
+        "micro_batch_size (1000 values), gpus (1000 values), selective_every (999 values)",
+    ),
+    "a million combinations for one rule": (
+        space_text(search={"micro_batch_size": THOUSAND, "gpus": THOUSAND}),
+        "micro_batch_size x gpus have 1,000,000 combinations",
+    ),
     "a million combinations": (
-        space_text(search={"micro_batch_size": THOUSAND, "selective_every": THOUSAND[1:]}),
-        "micro_batch_size (1000 values), selective_every (999 values)",
+        space_text(
+            search={
+                "micro_batch_size": THOUSAND,
+                "activation_checkpointing": ["none", "selective"],
+                "selective_every": THOUSAND[1:],
+            }
+        ),
+        "",
     ),
     # JSON is YAML, and shorter.
     "ten axes of a thousand": (json.dumps({**SPACE, "search": {"deepspeed": MANY_AXES}}), "more than a quadrillion"),

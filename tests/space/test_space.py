@@ -27,7 +27,7 @@ def test_shipped_spaces_load(path: Path) -> None:
 def test_candidates_are_legal_distinct_and_survive_the_round_trip(tmp_path: Path) -> None:
     space = sample_space(tmp_path)
     assert len(set(space.candidates)) == len(space.candidates)
-    assert len(space.candidates) + sum(space.illegal.values()) == len(list(space.combinations())) == 2 * 2 * 4 * 2 * 4
+    assert len(space.candidates) + sum(space.illegal.values()) == 2 * 2 * 4 * 2 * 4
     for config in space.candidates:
         assert space.refusal(config) is None
         assert config in space
