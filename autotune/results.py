@@ -1,11 +1,13 @@
 """What a study's trials amount to: which outcome stands, how many ended how, which is the best."""
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from autotune.spec.config import Engine, TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase
+from autotune.spec.prediction import Prediction
 from autotune.spec.record import AttemptState, TrialRecord
 
 LOST = frozenset({FailureKind.WORKER_LOST, FailureKind.NODE_LOST})
@@ -54,6 +56,50 @@ class Counts:
     def finished(self) -> int:
         """Trials whose outcome stands."""
         return self.complete + self.out_of_memory + self.failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """Predicted memory against what trials showed."""
+
+    errors: tuple[float, ...]
+    """predicted / measured - 1 of the device's used peak, for each measured trial, by number."""
+    surprises: tuple[int, ...]
+    """Trials that ran out of memory, or left too little headroom, though they were predicted to fit, by number."""
+
+    @property
+    def largest_error(self) -> float:
+        """Without sign; 0 where nothing was measured."""
+        return max((abs(error) for error in self.errors), default=0.0)
+
+    @property
+    def median_error(self) -> float:
+        """Without sign; 0 where nothing was measured."""
+        return statistics.median(abs(error) for error in self.errors) if self.errors else 0.0
+
+
+def ledger(results: Iterable[Result], predictions: Mapping[TrialConfig, Prediction], usable_bytes: float) -> Ledger:
+    """The ledger of the trials that were predicted.
+
+    Args:
+        results: trials whose outcome stands, by number.
+        predictions: what was predicted of them; those without are left out.
+        usable_bytes: device memory less the headroom.
+    """
+    errors: list[float] = []
+    surprises: list[int] = []
+    for number, config, outcome in results:
+        if config not in predictions:
+            continue
+        predicted = predictions[config].device_used_bytes
+        if isinstance(outcome, Measurement):
+            errors.append(predicted / outcome.peak_device_used_bytes - 1)
+            full = outcome.peak_device_used_bytes > usable_bytes or outcome.allocator_retries > 0
+        else:
+            full = outcome.kind.is_memory
+        if full and predicted <= usable_bytes:
+            surprises.append(number)
+    return Ledger(errors=tuple(errors), surprises=tuple(surprises))
 
 
 def standing_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:

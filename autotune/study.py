@@ -9,23 +9,30 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autotune.errors import StoreError
 from autotune.results import (
     Best,
     Counts,
+    Ledger,
     Result,
     attempted_outcomes,
     count,
     eligible,
     fastest,
+    ledger,
     must_run_alone,
     standing_outcome,
 )
 from autotune.space.space import Space, stored_space
 from autotune.spec.config import Engine, TrialConfig
 from autotune.spec.outcome import Measurement, Outcome
+from autotune.spec.prediction import Prediction
 from autotune.spec.record import SpaceRecord, StudyRecord, TrialRecord
 
 
@@ -44,14 +51,27 @@ class Store(Protocol):
     def trials(self, study: str) -> list[TrialRecord]:
         """Every trial with its attempts, by number."""
 
-    def begin_attempt(self, study: str, config: TrialConfig, source: str) -> tuple[int, int]:
-        """Record that an attempt starts; returns (trial number, attempt id)."""
+    def begin_attempt(
+        self, study: str, config: TrialConfig, source: str, prediction: Prediction | None = None
+    ) -> tuple[int, int]:
+        """Record that an attempt starts, and what is expected of it; returns (trial number, attempt id)."""
 
     def finish_attempt(self, attempt_id: int, outcome: Outcome) -> None:
         """Record how it ended."""
 
     def interrupt_running(self, study: str) -> int:
         """Mark attempts that a dead driver left running; returns how many."""
+
+
+class Forecast(Protocol):
+    """What a study knows of its candidates before they run; `autotune.predict.plan.Plan` is one."""
+
+    @property
+    def surely_too_big(self) -> NDArray[np.bool_]:
+        """(candidates,), in their order: which would teach nothing, since they do not fit."""
+
+    def of(self, config: TrialConfig) -> Prediction | None:
+        """What is predicted of a config; None where nothing is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +101,15 @@ class Study:
     the budget. Not thread-safe: one runner drives it.
     """
 
-    def __init__(self, space: Space, store: Store, trials: list[TrialRecord]) -> None:
+    def __init__(self, space: Space, store: Store, trials: list[TrialRecord], forecast: Forecast | None = None) -> None:
         self.space = space
+        self.forecast = forecast
         self.observers: list[Observer] = []
         self._store = store
         self._outcomes: dict[TrialConfig, list[Outcome]] = {}
         self._numbers: dict[TrialConfig, int] = {}
         self._sources: dict[TrialConfig, str] = {}
+        self._predictions: dict[TrialConfig, Prediction] = {}
         self._running: dict[int, Attempt] = {}
         self._again: deque[TrialConfig] = deque()
         self._outside: set[TrialConfig] = set()
@@ -96,6 +118,8 @@ class Study:
         baseline = space.baseline
         for trial in trials:
             self._numbers[trial.config], self._sources[trial.config] = trial.number, trial.source
+            if trial.prediction is not None:
+                self._predictions[trial.config] = trial.prediction
             self._outcomes[trial.config] = attempted_outcomes(trial)
             self._spent_gpu_seconds += sum(o.elapsed_seconds for o in self._outcomes[trial.config]) * trial.config.gpus
             if trial.config not in space and trial.config != baseline:
@@ -106,8 +130,13 @@ class Study:
             self._again.appendleft(baseline)
 
     @classmethod
-    def open(cls, space: Space, store: Store) -> "Study":
+    def open(cls, space: Space, store: Store, forecast: Forecast | None = None) -> "Study":
         """Create the study, or take up the one of that name where it stopped.
+
+        Args:
+            space: what is searched.
+            store: where it is kept.
+            forecast: what is predicted of its candidates; without one, each is worth a launch.
 
         Raises:
             StoreError: a study of that name measured another model, workload or cluster.
@@ -123,7 +152,7 @@ class Study:
         elif known.space != space.record:
             store.add_space(space.name, space.record)
         store.interrupt_running(space.name)
-        return cls(space, store, store.trials(space.name))
+        return cls(space, store, store.trials(space.name), forecast)
 
     @classmethod
     def stored(cls, store: Store, name: str) -> "Study":
@@ -158,7 +187,11 @@ class Study:
         if config is None:
             return None
         source = self._sources.setdefault(config, "baseline" if config == self.space.baseline else "search")
-        number, attempt_id = self._store.begin_attempt(self.space.name, config, source)
+        if config not in self._numbers and self.forecast is not None:
+            prediction = self.forecast.of(config)
+            if prediction is not None:
+                self._predictions[config] = prediction
+        number, attempt_id = self._store.begin_attempt(self.space.name, config, source, self._predictions.get(config))
         self._numbers[config] = number
         self._outcomes.setdefault(config, [])
         attempt = Attempt(id=attempt_id, trial=number, config=config, source=source)
@@ -186,6 +219,17 @@ class Study:
     def known_count(self) -> int:
         """How many configs `known` knows, at most."""
         return len(self._outcomes) + len(self._again)
+
+    @cached_property
+    def worth_a_launch(self) -> NDArray[np.int64]:
+        """Indexes of the candidates that are not surely too big."""
+        if self.forecast is None:
+            return np.arange(len(self.space.candidates))
+        return np.flatnonzero(~self.forecast.surely_too_big)
+
+    def is_worth_a_launch(self, config: TrialConfig) -> bool:
+        """Whether a candidate is one of them."""
+        return self.forecast is None or not self.forecast.surely_too_big[self.space.candidates.index(config)]
 
     @property
     def stop_reason(self) -> str | None:
@@ -217,6 +261,15 @@ class Study:
         inside = ((config, outcomes) for config, outcomes in self._outcomes.items() if config not in self._outside)
         standing = ((self._numbers[config], config, standing_outcome(outcomes)) for config, outcomes in inside)
         return sorted((Result(n, c, o) for n, c, o in standing if o is not None), key=lambda result: result.trial)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Predicted and measured memory of the trials that have both."""
+        return ledger(self.results, self._predictions, self.space.usable_bytes)
+
+    def prediction(self, config: TrialConfig) -> Prediction | None:
+        """What was predicted of a trial before it ran; None where nothing was."""
+        return self._predictions.get(config)
 
     @property
     def counts(self) -> Counts:

@@ -11,6 +11,7 @@ from autotune import __version__
 from autotune.cli import jobs, read
 from autotune.cli.doctor import doctor
 from autotune.cli.export import export
+from autotune.cli.plan import plan
 from autotune.cli.predict import predict
 from autotune.cli.tune import tune
 from autotune.errors import AutotuneError, ExitCode
@@ -56,6 +57,7 @@ def _options(
     """See the verbs."""
 
 
+app.command()(plan)
 app.command()(tune)
 app.command()(predict)
 app.command()(read.studies)

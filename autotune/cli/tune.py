@@ -66,8 +66,9 @@ def tune(
 
     from autotune.export import export_best
     from autotune.metrics import StudyMetrics
+    from autotune.predict.plan import plan_memory, require_feasible
     from autotune.report.documents import study_document
-    from autotune.report.terminal import Progress, result_panel
+    from autotune.report.terminal import Progress, Tracing, result_panel
     from autotune.search.runner import LauncherName, run_study
     from autotune.search.samplers import SamplerName
     from autotune.store.lease import Lease
@@ -84,7 +85,10 @@ def tune(
         if space is None:
             space = load_space(space_path, detect())
         require(space.cluster)
-        study = Study.open(space, database)
+        with Tracing(talk) as on_traced:
+            plan = plan_memory(space, on_traced)
+        require_feasible(plan)
+        study = Study.open(space, database, plan)
         with Progress(study, talk) as progress:
             study.observers += [progress, StudyMetrics(study)]
             try:

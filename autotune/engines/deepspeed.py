@@ -1,6 +1,7 @@
 """`DeepSpeedEngine`: ZeRO 0-3 with offload, driven as accelerate drives it under the Hugging Face Trainer."""
 
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -88,24 +89,50 @@ class DeepSpeedEngine:
         return float(self._norm)
 
     def living_tensors(self) -> dict[str, list[torch.Tensor]]:
-        """What lives between passes: `parameters`, `gradients`, `optimizer_states`; those of them on the `host`."""
+        """What lives between passes: `parameters`, `gradients`, `optimizer_states`, except what is on the `host`."""
         zero = self._engine.optimizer
         adam = getattr(zero, "optimizer", zero)  # ZeRO's own optimizer wraps it; stage 0 in fp32 has it bare
         model = list(self._engine.module.parameters())
         masters = [parameter for group in adam.param_groups for parameter in group["params"]]
+        masters += _held(zero, "fp32_partitioned_groups_flat")  # stage 3 shows them to Adam one at a time
         partitions = [parameter.ds_tensor for parameter in model if hasattr(parameter, "ds_tensor")]
-        averaged = [g for grads in (getattr(zero, "averaged_gradients", None) or {}).values() for g in grads or ()]
-        states = [v for state in adam.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-        gradients = [p.grad for p in masters if p.grad is not None]
-        copies = getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
-        host = [*masters, *states, *gradients, *copies] if self._offload != "none" else []
-        host += partitions if self._offload == "optimizer+parameters" else []
-        return {
+        states = list(_tensors(adam.state))
+        averaged = [*_held(zero, "averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer")]
+        gradients = [p.grad for p in (*masters, *model) if p.grad is not None]
+        host: list[torch.Tensor] = []
+        if self._offload != "none":
+            host += [*masters, *states, *(p.grad for p in masters if p.grad is not None)]
+            # Pinned copies of what goes up and comes down (stages 1 and 2), and gathered gradients (stage 3).
+            host += _held(zero, "param_buffer_of_bit16_for_cpu_offload_groups", "temp_grad_buffer_for_cpu_offload")
+            host += _held(zero, "accumulated_grads_in_cpu", "grad_partitions_flat_buffer", "averaged_gradients")
+        if self._offload == "optimizer+parameters":
+            host += partitions
+        offloaded = {id(tensor) for tensor in host}
+        device = {
             "parameters": [*model, *masters, *partitions],
-            "gradients": [*averaged, *gradients, *(p.grad for p in model if p.grad is not None)],
+            "gradients": [*averaged, *gradients],
             "optimizer_states": states,
-            "host": host,
         }
+        return {part: [t for t in tensors if id(t) not in offloaded] for part, tensors in device.items()} | {
+            "host": host
+        }
+
+
+def _held(owner: object, *names: str) -> Iterator[torch.Tensor]:
+    """Tensors in those of the attributes that the owner has, however deep in lists and dictionaries."""
+    for name in names:
+        yield from _tensors(getattr(owner, name, None))
+
+
+def _tensors(held: object) -> Iterator[torch.Tensor]:
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, Mapping):
+        for value in held.values():
+            yield from _tensors(value)
+    elif isinstance(held, list | tuple):
+        for value in held:
+            yield from _tensors(value)
 
 
 def _build_partitioned(request: TrialRequest, document: dict[str, Any], device: torch.device) -> PreTrainedModel:
@@ -136,10 +163,12 @@ def _adapt_to_cpu(document: dict[str, Any]) -> None:
     """Let DeepSpeed run where it would compile C++ first, in place; nothing of this is exported.
 
     Its fused Adams and its shared-memory collectives are compiled on first use, for more than a minute each; torch's
-    AdamW and gloo do the same work. Nor is there a device that pinned memory could be copied to.
+    fused AdamW, which works in place like them, and gloo do the same work. Nor is there a device that pinned memory
+    could be copied to.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     set_dotted(document, "optimizer.params.torch_adam", True)
+    set_dotted(document, "optimizer.params.fused", True)
     document["zero_force_ds_cpu_optimizer"] = False
     document["zero_allow_untested_optimizer"] = True
     for section in ("offload_optimizer", "offload_param"):

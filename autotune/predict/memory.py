@@ -71,15 +71,28 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
 
 
 def rank_streams(model: ModelSpec, config: TrialConfig, *, accumulates: bool) -> list[Stream | SitedStream]:
-    """The streams of the ranks that may be the fullest: of the first, and of the last where partitions are uneven."""
+    """The streams of the ranks that may be the fullest, one for each of `structures`."""
+    return [stream(structure) for structure in structures(model, config, accumulates=accumulates)]
+
+
+def structures(model: ModelSpec, config: TrialConfig, *, accumulates: bool) -> tuple[str, ...]:
+    """What has to be traced for a config: the first rank's structure, and the last's where partitions are uneven.
+
+    Configs with equal structures differ only in batch and length.
+    """
     uneven = config.engine == "deepspeed" and config.zero_stage in (1, 2)
     ranks = {0, config.gpus - 1} if uneven else {0}
-    return [_stream(_structure(model, config, accumulates, rank)) for rank in sorted(ranks)]
+    return tuple(_structure(model, config, accumulates, rank) for rank in sorted(ranks))
 
 
-def is_traced(model: ModelSpec, config: TrialConfig, *, accumulates: bool) -> bool:
-    """Whether the structure of the config is on disk already."""
-    return _file(_structure(model, config, accumulates, 0)).exists()
+def is_traced(structure: str) -> bool:
+    """Whether a structure is on disk already."""
+    return _file(structure).exists()
+
+
+def deviation(cluster: ClusterSpec) -> float:
+    """Standard deviation of a predicted peak, as a ratio of it."""
+    return CPU_DEVIATION if cluster.device == "cpu" else GPU_DEVIATION
 
 
 def context_bytes(config: TrialConfig, cluster: ClusterSpec) -> int:
@@ -96,21 +109,34 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     fields = config.to_dict()
     del fields["sequence_length"]
     fields["micro_batch_size"] = min(2, config.micro_batch_size)
+    # Tensors of fp16 have the sizes of those of bf16; a loss scaler is a few bytes.
+    fields["precision"] = "bf16" if config.precision == "fp16" else config.precision
+    # Both attend by a flash kernel, which saves its output and a logarithm for each position.
+    fields["attention"] = "sdpa" if config.attention == "flash_attention_2" else config.attention
     return json.dumps(
         {
             "model": {"name": model.name, "config": model.config},
             "config": fields,
             "accumulates": accumulates,
             "rank": rank,
-            "versions": {"autotune": __version__, **{p: importlib.metadata.version(p) for p in _PACKAGES}},
+            "versions": _versions(),
         },
         sort_keys=True,
     )
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {"autotune": __version__, **{package: importlib.metadata.version(package) for package in _PACKAGES}}
+
+
 @functools.lru_cache(maxsize=4096)
-def _stream(structure: str) -> Stream | SitedStream:
-    """From memory, from disk, or traced."""
+def stream(structure: str) -> Stream | SitedStream:
+    """The stream of a structure: from memory, from disk, or traced.
+
+    Raises:
+        UsageError: the engine refuses the config.
+    """
     file = _file(structure)
     try:
         with np.load(file, allow_pickle=False) as stored:
@@ -122,9 +148,9 @@ def _stream(structure: str) -> Stream | SitedStream:
     fields: dict[str, Any] = json.loads(structure)
     config = TrialConfig.from_dict({**fields["config"], "sequence_length": 1})
     model = ModelSpec(**fields["model"])
-    stream = trace_stream(model, config, accumulates=fields["accumulates"], rank=fields["rank"])
-    _keep(file, stream)
-    return stream
+    traced = trace_stream(model, config, accumulates=fields["accumulates"], rank=fields["rank"])
+    _keep(file, traced)
+    return traced
 
 
 def _file(structure: str) -> Path:

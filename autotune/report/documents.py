@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from autotune.results import Best, Counts, attempted_outcomes, standing_outcome
+from autotune.results import Best, Counts, Ledger, attempted_outcomes, standing_outcome
 from autotune.spec.record import AttemptRecord, StudyRecord, TrialRecord
 from autotune.study import Study
 
@@ -16,7 +16,18 @@ def study_document(study: Study, artifacts: dict[str, Path]) -> dict[str, Any]:
         "trials": counts_document(study.counts),
         "best": None if best is None else best_document(best),
         "baseline": None if baseline is None else baseline.to_dict(),
+        "prediction": ledger_document(study.ledger),
         "artifacts": {name: str(path) for name, path in artifacts.items()},
+    }
+
+
+def ledger_document(ledger: Ledger) -> dict[str, Any]:
+    """Predicted and measured memory."""
+    return {
+        "measured": len(ledger.errors),
+        "median_error": ledger.median_error,
+        "largest_error": ledger.largest_error,
+        "surprises": list(ledger.surprises),
     }
 
 
@@ -42,6 +53,7 @@ def trial_document(trial: TrialRecord) -> dict[str, Any]:
         "trial": trial.number,
         "fingerprint": trial.fingerprint,
         "source": trial.source,
+        "prediction": None if trial.prediction is None else trial.prediction.to_dict(),
         "config": trial.config.to_dict(),
         "outcome": None if outcome is None else outcome.to_dict(),
         "attempts": [_attempt_document(attempt) for attempt in trial.attempts],

@@ -1,14 +1,16 @@
 """A study in the terminal: live while it runs, one line a trial when the output is no terminal, and its result."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import rich.progress
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -70,12 +72,16 @@ def memory_text(outcome: Outcome) -> str:
 
 
 def trial_table(rows: Iterable[Result], study: Study) -> Table:
-    """Trials, one a row; those that cannot win say why."""
+    """Trials, one a row, with their predicted memory if there is any; those that cannot win say why."""
+    rows = list(rows)
+    predicted = any(study.prediction(row.config) is not None for row in rows)
     best, baseline, outside = study.best(), study.space.baseline, study.outside
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("#", justify="right")
     table.add_column("outcome")
     table.add_column("peak memory")
+    if predicted:
+        table.add_column("predicted", justify="right")
     table.add_column("config")
     for number, config, outcome in rows:
         mark = " (best)" if best is not None and best.trial == number else ""
@@ -84,8 +90,26 @@ def trial_table(rows: Iterable[Result], study: Study) -> Table:
             mark += " (outside the present axes)"
         elif isinstance(outcome, Measurement) and not study.eligible(outcome):
             mark += " (too little headroom)"
-        table.add_row(str(number), outcome_text(outcome), memory_text(outcome), Text(config.describe() + mark))
+        cells: list[RenderableType] = [str(number), outcome_text(outcome), memory_text(outcome)]
+        if predicted:
+            prediction = study.prediction(config)
+            cells.append(format_bytes(prediction.device_used_bytes) if prediction is not None else "")
+        table.add_row(*cells, Text(config.describe() + mark))
     return table
+
+
+def ledger_text(study: Study) -> str:
+    """How well memory was predicted, in a few words; empty where nothing was predicted and measured."""
+    ledger = study.ledger
+    if not ledger.errors:
+        return ""
+    words = (
+        f"memory of {len(ledger.errors)} trials within {ledger.largest_error:.2%} (median {ledger.median_error:.2%})"
+    )
+    if ledger.surprises:
+        trials = ", ".join(f"#{number}" for number in ledger.surprises)
+        words += f"; predicted to fit, and did not: {trials}"
+    return words
 
 
 class Progress:
@@ -156,7 +180,7 @@ class Progress:
         return Group(*parts)
 
     def _footer(self) -> RenderableType:
-        counts, total = self._study.counts, min(self._study.space.file.budget.trials, len(self._study.space.candidates))
+        counts, total = self._study.counts, min(self._study.space.file.budget.trials, len(self._study.worth_a_launch))
         best = self._study.best()
         words = f"{counts.finished}/{total}  {counts.complete} complete, "
         words += f"{counts.out_of_memory} out of memory, {counts.failed} failed"
@@ -168,6 +192,35 @@ class Progress:
         grid = Table.grid(padding=(0, 1))
         grid.add_row(ProgressBar(total=total, completed=counts.finished, width=16), Text(words))
         return grid
+
+
+class Tracing:
+    """Shows how far the tracing of structures is, if there is any; a context manager around it."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = rich.progress.Progress(
+            "tracing the training step", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._console = console
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._on_traced
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def _on_traced(self, done: int, total: int) -> None:
+        if self._task is None:
+            if self._console.is_terminal:
+                self._progress.start()
+            else:
+                self._console.print(f"tracing the training step of {total} structures, which are kept for later")
+            self._task = self._progress.add_task("", total=total)
+        self._progress.update(self._task, completed=done)
 
 
 def result_panel(study: Study, artifacts: dict[str, Path]) -> RenderableType:
@@ -191,6 +244,11 @@ def result_panel(study: Study, artifacts: dict[str, Path]) -> RenderableType:
         ),
         Text.assemble(("trials  ", "dim"), summary),
     ]
+    if study.forecast is not None and len(study.worth_a_launch) < len(study.space.candidates):
+        refused = len(study.space.candidates) - len(study.worth_a_launch)
+        lines.append(Text.assemble(("refused ", "dim"), f"{refused} candidates, predicted to run out of memory"))
+    if words := ledger_text(study):
+        lines.append(Text.assemble(("foreseen", "dim"), f" {words}"))
     if artifacts:
         folder = next(iter(artifacts.values())).parent
         lines.append(Text.assemble(("files   ", "dim"), f"{_short(folder)}: {', '.join(artifacts)}"))

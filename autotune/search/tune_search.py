@@ -23,7 +23,7 @@ from autotune.study import Attempt, Study
 OBJECTIVE = "objective"
 MEMORY_CONSTRAINT = "memory"
 MAX_REDRAWS = 100
-"""Illegal or already measured proposals that are redrawn before any untried candidate is taken at random."""
+"""Illegal, known or too big proposals that are redrawn before any untried candidate is taken at random."""
 
 
 def distributions(space: Space) -> dict[str, CategoricalDistribution]:
@@ -108,15 +108,21 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
         for _ in range(MAX_REDRAWS):
             trial = self._ot_study.ask(self._distributions)
             config = self._config(trial.params)
-            if not self._study.known(config) and self._tune_space.refusal(config) is None:
+            if self._is_new(config):
                 self._drawn = trial
                 return config
             # FAIL is the one state that no sampler learns from.
             self._ot_study.tell(trial, state=TrialState.FAIL)
-        candidates = self._tune_space.candidates
+        left = self._study.worth_a_launch
         # One more than the study knows: among so many there is an untried one, if there is any at all.
-        drawn = self._random.sample(range(len(candidates)), min(len(candidates), self._study.known_count + 1))
-        return next((candidates[at] for at in drawn if not self._study.known(candidates[at])), None)
+        drawn = self._random.sample(range(len(left)), min(len(left), self._study.known_count + 1))
+        configs = (self._tune_space.candidates[int(left[at])] for at in drawn)
+        return next((config for config in configs if not self._study.known(config)), None)
+
+    def _is_new(self, config: TrialConfig) -> bool:
+        """Whether a proposal is legal, was not run yet, and may fit."""
+        study = self._study
+        return not study.known(config) and self._tune_space.refusal(config) is None and study.is_worth_a_launch(config)
 
     def _config(self, params: dict[str, Any]) -> TrialConfig:
         values = {axis: allowed[0] for axis, allowed in self._tune_space.axes.items()}

@@ -73,6 +73,11 @@ class Space:
         return MeasureSettings(warmup=self.file.measure.warmup, micro_steps=self.file.measure.micro_steps)
 
     @property
+    def usable_bytes(self) -> float:
+        """Device memory less the headroom that the file asks for."""
+        return (1 - self.file.memory_headroom) * self.cluster.memory_bytes
+
+    @property
     def identity(self) -> str:
         """Sixteen hex digits of everything that makes two measurements comparable: model, work, hardware, protocol.
 

@@ -1,8 +1,10 @@
 """`MemoryPrediction`: what a config will need of each device and host, before it has run."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Self
 
 
 class Part(StrEnum):
@@ -51,3 +53,22 @@ class MemoryPrediction:
         if not spread:
             return float(self.device_used_bytes <= capacity_bytes)
         return 0.5 * (1 + math.erf((capacity_bytes - self.device_used_bytes) / (spread * math.sqrt(2))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What was predicted of a trial before it ran; the store keeps it beside what was measured."""
+
+    device_used_bytes: int
+    """Peak of the fullest rank, of the device, everything."""
+    deviation: float
+    """Standard deviation of `device_used_bytes`, as a ratio of it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        return cls(**fields)

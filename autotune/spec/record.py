@@ -8,6 +8,7 @@ from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Outcome
+from autotune.spec.prediction import Prediction
 
 
 class AttemptState(StrEnum):
@@ -50,6 +51,8 @@ class TrialRecord:
     """The version of the search space in which it was proposed."""
     attempts: tuple[AttemptRecord, ...]
     """By number; at least one."""
+    prediction: Prediction | None = None
+    """What was expected before the first attempt; None where nothing was."""
 
     @property
     def fingerprint(self) -> str:

@@ -20,6 +20,7 @@ from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, outcome_from_dict
+from autotune.spec.prediction import Prediction
 from autotune.spec.record import AttemptRecord, AttemptState, SpaceRecord, StudyRecord, TrialRecord
 from autotune.store.connect import WRITES, connect, mask_url, parse_url, reported, sqlite_path
 from autotune.store.lease import EXPIRES_AFTER, Driver
@@ -136,8 +137,8 @@ class SqlStore:
         """Every trial of a study with its attempts, by number. One query, however many there are."""
         query = (
             select(
-                Trial.number.label("trial_number"), Trial.config, Trial.source, Trial.space_version, Attempt.id,
-                Attempt.number, Attempt.state, Attempt.started_at, Attempt.finished_at, Attempt.outcome,
+                Trial.number.label("trial_number"), Trial.config, Trial.source, Trial.space_version, Trial.prediction,
+                Attempt.id, Attempt.number, Attempt.state, Attempt.started_at, Attempt.finished_at, Attempt.outcome,
             )
             .join(Attempt, Attempt.trial_id == Trial.id)
             .order_by(Trial.number, Attempt.number)
@@ -150,13 +151,16 @@ class SqlStore:
                 _trial_record(list(group)) for _, group in itertools.groupby(rows, key=lambda row: row.trial_number)
             ]
 
-    def begin_attempt(self, study: str, config: TrialConfig, source: str) -> tuple[int, int]:
+    def begin_attempt(
+        self, study: str, config: TrialConfig, source: str, prediction: Prediction | None = None
+    ) -> tuple[int, int]:
         """Note that a config is about to run: a new trial if the study has not seen the config, and a running attempt.
 
         Args:
             study: name of the study.
             config: what is about to run.
             source: `baseline` or `search`; a trial keeps the first one it got.
+            prediction: what is expected of it; a trial keeps the first one it got.
 
         Returns:
             The trial's number, and the attempt's id for `finish_attempt`.
@@ -174,6 +178,7 @@ class SqlStore:
                     fingerprint=fingerprint,
                     config=config.to_dict(),
                     source=source,
+                    prediction=None if prediction is None else prediction.to_dict(),
                     space_version=_space_version(session, study_id),
                 )
                 session.add(trial)
@@ -380,6 +385,7 @@ def _trial_record(rows: Sequence[Row[Any]]) -> TrialRecord:
         config=TrialConfig.from_dict(rows[0].config),
         source=rows[0].source,
         space_version=rows[0].space_version,
+        prediction=None if rows[0].prediction is None else Prediction.from_dict(rows[0].prediction),
         attempts=attempts,
     )
 

@@ -120,6 +120,7 @@ class Trial(Base):
     fingerprint: Mapped[str] = mapped_column(String(16))
     config: Mapped[dict[str, Any]] = mapped_column(JSON)
     source: Mapped[str] = mapped_column(String(16))
+    prediction: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     space_version: Mapped[int] = mapped_column(server_default="1")
 
 

@@ -1,0 +1,359 @@
+"""`Plan`: the memory that every legal candidate of a search space will need, without a device.
+
+Candidates are predicted in columns. A structure (`autotune.predict.memory`) is traced once, and tells all candidates
+that differ in batch alone. DeepSpeed keys would multiply the structures; what a value of a key adds or saves is traced
+once for each engine, stage and offload instead, and added up. A single config (`predict_memory`) is always traced as it
+is.
+"""
+
+import ctypes
+import functools
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autotune.errors import NothingFeasibleError
+from autotune.predict.memory import context_bytes, deviation, is_traced, predict_memory, stream, structures
+from autotune.space.space import NOT_APPLICABLE, Space
+from autotune.spec.config import Scalar, TrialConfig
+from autotune.spec.prediction import MemoryPrediction, Prediction
+from autotune.units import format_bytes
+
+_PR_SET_PDEATHSIG = 1
+
+SURE = 0.01
+"""A candidate that fits with less than this probability is not worth a launch."""
+
+KEY_DEVIATION = 0.02
+"""A ratio: how far a peak may be off when DeepSpeed keys have other values than those that it was traced with whole."""
+
+OnTraced = Callable[[int, int], None]
+"""Told how many structures of how many are traced."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The legal candidates of a space with the device memory that each will use."""
+
+    space: Space
+    device_used_bytes: NDArray[np.float64]
+    """(candidates,), in their order: predicted peak of the fullest rank; NaN where it cannot be predicted."""
+    deviations: NDArray[np.float64]
+    """(candidates,): standard deviation of the peak, as a ratio of it."""
+    unpredicted: Counter[str]
+    """Why candidates cannot be predicted, and how many."""
+    baseline: Prediction | None
+    """Of the file's baseline, which need not be among the candidates."""
+
+    @property
+    def fits(self) -> NDArray[np.bool_]:
+        """(candidates,): the predicted peak leaves the headroom free."""
+        return self.device_used_bytes <= self.space.usable_bytes
+
+    @property
+    def too_big(self) -> NDArray[np.bool_]:
+        """(candidates,): it does not. A candidate that cannot be predicted is neither."""
+        return self.device_used_bytes > self.space.usable_bytes
+
+    @functools.cached_property
+    def surely_too_big(self) -> NDArray[np.bool_]:
+        """(candidates,): fits with less than `SURE`, the error taken as normal. A launch would teach nothing."""
+        margin = 1 + NormalDist().inv_cdf(SURE) * self.deviations
+        return self.device_used_bytes * margin > self.space.usable_bytes
+
+    def smallest(self, count: int) -> list[int]:
+        """Indexes of the candidates that need least, the least first; only of those that fit."""
+        order = np.argsort(self.device_used_bytes, kind="stable")[:count]
+        return [int(at) for at in order if self.fits[at]]
+
+    def of(self, config: TrialConfig) -> Prediction | None:
+        """What is predicted of one config; None where nothing is, or where the plan does not know it."""
+        if config == self.space.baseline and self.baseline is not None:
+            return self.baseline
+        try:
+            at = self.space.candidates.index(config)
+        except ValueError:
+            return None
+        if np.isnan(self.device_used_bytes[at]):
+            return None
+        return Prediction(
+            device_used_bytes=round(float(self.device_used_bytes[at])), deviation=float(self.deviations[at])
+        )
+
+
+def plan_memory(space: Space, on_traced: OnTraced = lambda done, total: None) -> Plan:
+    """Predict every legal candidate. Structures that no earlier plan has traced are traced now, on all cores."""
+    cells = _Cells(space)
+    effects = _KeyEffects(space, cells)
+    baseline = space.baseline
+    wanted = [cells.structures, *effects.structures, [_structures(space, baseline)] if baseline else []]
+    reasons = trace_structures({name for found in wanted for names in found for name in names}, on_traced)
+    peaks, unpredicted = cells.peaks(reasons)
+    added, uncertain, moved = effects.added(reasons)
+    used = peaks + added
+    deviations = np.hypot(np.hypot(deviation(space.cluster), KEY_DEVIATION * moved), uncertain / used)
+    stated = None
+    if baseline is not None and not any(name in reasons for name in _structures(space, baseline)):
+        whole = predict_memory(baseline, space.model, space.workload, space.cluster)
+        stated = Prediction(device_used_bytes=whole.device_used_bytes, deviation=whole.deviation)
+    return Plan(space, used, deviations, unpredicted, stated)
+
+
+def require_feasible(plan: Plan) -> None:
+    """Refuse a study of which every candidate surely runs out of memory.
+
+    Raises:
+        NothingFeasibleError: it is one; the message has what the smallest candidate needs.
+    """
+    if not plan.surely_too_big.all():
+        return
+    space = plan.space
+    at = int(np.argmin(plan.device_used_bytes))
+    raise NothingFeasibleError(
+        f"{space.where}: none of the {len(plan.device_used_bytes)} candidates fits in"
+        f" {format_bytes(space.usable_bytes)}; the smallest, {space.candidates[at].describe()}, needs"
+        f" {format_bytes(plan.device_used_bytes[at])}; ask `autotune plan` where it goes, and add GPUs or levers"
+    )
+
+
+class _Cells:
+    """The candidates by structure. A cell is those that differ in batch and in DeepSpeed keys alone."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        columns = space.columns
+        self._batch = np.array(space.axes["micro_batch_size"], np.int64)[columns["micro_batch_size"]]
+        code = np.zeros(len(space.candidates), np.int64)
+        for axis, values in space.axes.items():
+            if len(values) > 1 and axis != "micro_batch_size" and not axis.startswith("deepspeed."):
+                code = code * (len(values) + 1) + columns[axis] + 1
+        code = code * 4 + 2 * (self._batch == 1) + self._accumulates(columns["gpus"], columns["micro_batch_size"])
+        # The first candidate of a cell has the first value of every key.
+        _, firsts, self.of = np.unique(code, return_index=True, return_inverse=True)
+        self.examples: list[TrialConfig] = [space.candidates[int(at)] for at in firsts]
+        """A config of each cell."""
+        self.structures = [_structures(space, config) for config in self.examples]
+
+    def peaks(self, reasons: dict[str, str]) -> tuple[NDArray[np.float64], Counter[str]]:
+        """Peak bytes (candidates,) with the first value of each key, NaN where unknown; and why how many are."""
+        peaks = np.full(len(self.of), np.nan)
+        unpredicted: Counter[str] = Counter()
+        order = np.argsort(self.of, kind="stable")
+        members = np.split(order, np.flatnonzero(np.diff(self.of[order])) + 1)
+        for example, names, those in zip(self.examples, self.structures, members, strict=True):
+            reason = next((reasons[name] for name in names if name in reasons), None)
+            if reason is not None:
+                unpredicted[reason] += len(those)
+                continue
+            batches, which = np.unique(self._batch[those], return_inverse=True)
+            peaks[those] = _peak_bytes(self._space, example, names, batches)[which]
+        return peaks, unpredicted
+
+    def _accumulates(self, gpus: NDArray[np.int16], batches: NDArray[np.int16]) -> NDArray[np.bool_]:
+        """(candidates,): whether an optimizer step has several micro-steps."""
+        axes, example = self._space.axes, self._space.candidates[0]
+        sizes = [(g, b) for g in axes["gpus"] for b in axes["micro_batch_size"]]
+        steps = [_steps(self._space, replace(example, gpus=int(g), micro_batch_size=int(b))) for g, b in sizes]
+        found: NDArray[np.int64] = np.reshape(steps, (len(axes["gpus"]), -1))[gpus, batches]
+        return found > 1
+
+
+class _KeyEffects:
+    """What each value of a DeepSpeed key adds to the peak, where sharding's buffers weigh most: with full activation
+    checkpointing, if the space has it, and the smallest batch.
+    """
+
+    def __init__(self, space: Space, cells: _Cells) -> None:
+        self._space = space
+        groups: dict[tuple[object, ...], int] = {}
+        self._group_of_cell = np.zeros(len(cells.examples), np.int64)
+        examples: list[TrialConfig] = []
+        for cell, config in enumerate(cells.examples):
+            group = groups.setdefault((config.engine, config.zero_stage, config.offload, config.gpus), len(groups))
+            self._group_of_cell[cell] = group
+            if group == len(examples):
+                examples.append(config)
+            examples[group] = min(examples[group], config, key=_activations)
+        self._cell_of = cells.of
+        self._examples = examples
+        self._base = [_structures(space, config) for config in examples]
+        self._moved: dict[str, list[list[tuple[TrialConfig, tuple[str, ...]] | None]]] = {}
+        for axis in space.axes:
+            if axis.startswith("deepspeed.") and len(space.axes[axis]) > 1:
+                self._moved[axis] = [self._steps(axis, config) for config in examples]
+
+    @property
+    def structures(self) -> Iterable[Sequence[tuple[str, ...]]]:
+        """What has to be traced."""
+        yield self._base
+        for rows in self._moved.values():
+            for row in rows:
+                yield [moved[1] for moved in row if moved is not None]
+
+    def added(self, reasons: dict[str, str]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+        """(candidates,) each: bytes that the keys add, the standard deviation of that, and whether any key has moved.
+
+        Where the peak is at another place of the step than in the traced example, a key adds anything from nothing to
+        all; and one that adds nothing there may do so here.
+        """
+        count = len(self._cell_of)
+        added, uncertain, moved_away = np.zeros(count), np.zeros(count), np.zeros(count, np.bool_)
+        group_of = self._group_of_cell[self._cell_of]
+        for axis, rows in self._moved.items():
+            table = np.zeros((len(rows), len(self._space.axes[axis])))
+            for group, row in enumerate(rows):
+                for at, moved in enumerate(row):
+                    table[group, at] = self._difference(group, moved, reasons)
+            column = self._space.columns[axis]
+            effect = table[group_of, np.maximum(column, 0)]
+            added += effect
+            uncertain = np.hypot(uncertain, effect / 2)
+            moved_away |= column > 0
+        return added, uncertain, moved_away
+
+    def _steps(self, axis: str, config: TrialConfig) -> list[tuple[TrialConfig, tuple[str, ...]] | None]:
+        """The config with each value of the key; None for the one it has, or where the key does not apply."""
+        key = axis.removeprefix("deepspeed.")
+        stated = dict(config.deepspeed)
+        steps: list[tuple[TrialConfig, tuple[str, ...]] | None] = []
+        for value in self._space.axes[axis]:
+            moved = replace(config, deepspeed=tuple((stated | {key: value}).items())) if key in stated else config
+            steps.append(None if moved == config else (moved, _structures(self._space, moved)))
+        return steps
+
+    def _difference(
+        self, group: int, moved: tuple[TrialConfig, tuple[str, ...]] | None, reasons: dict[str, str]
+    ) -> float:
+        if moved is None:
+            return 0.0
+        config, names = moved
+        base = self._base[group]
+        if any(name in reasons for name in (*names, *base)):
+            return 0.0 if any(name in reasons for name in base) else float("nan")
+        batch = np.array([config.micro_batch_size])
+        with_it = _peak_bytes(self._space, config, names, batch)
+        without = _peak_bytes(self._space, self._examples[group], base, batch)
+        return float(with_it[0] - without[0])
+
+
+def _activations(config: TrialConfig) -> tuple[int, int]:
+    """Orders configs by how many activations they keep."""
+    return ("full", "selective", "none").index(config.activation_checkpointing), config.micro_batch_size
+
+
+def _steps(space: Space, config: TrialConfig) -> int:
+    try:
+        return space.workload.gradient_accumulation_steps(config)
+    except ValueError:  # no candidate
+        return 0
+
+
+def _structures(space: Space, config: TrialConfig) -> tuple[str, ...]:
+    return structures(space.model, config, accumulates=_steps(space, config) > 1)
+
+
+def _peak_bytes(
+    space: Space, example: TrialConfig, names: tuple[str, ...], batches: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Device bytes at each batch size (batches,), of the fullest rank."""
+    length = np.full(len(batches), example.sequence_length)
+    ranks = [stream(name).peak_bytes(batches, length, space.cluster.device) for name in names]
+    peaks: NDArray[np.float64] = np.max(ranks, axis=0) + context_bytes(example, space.cluster)
+    return peaks
+
+
+class Lever(NamedTuple):
+    """One axis of a config moved by one step."""
+
+    axis: str
+    value: Scalar
+    memory: MemoryPrediction | None
+    """None where the step is illegal or cannot be predicted."""
+    reason: str | None
+    """Why it is, or cannot."""
+
+
+def explain(
+    space: Space, config: TrialConfig, on_traced: OnTraced = lambda done, total: None
+) -> tuple[MemoryPrediction, list[Lever]]:
+    """The memory of one legal config, and what one step of each axis, to either side, would do to it.
+
+    Raises:
+        UsageError: the engine refuses the config.
+    """
+    moved = list(_moves(space, config))
+    legal = [step for _, _, step, refusal in moved if refusal is None]
+    names = {name for step in (config, *legal) for name in _structures(space, step)}
+    reasons = trace_structures(names, on_traced)
+
+    def lever(axis: str, value: Scalar, step: TrialConfig, refusal: str | None) -> Lever:
+        reason = refusal or next((reasons[name] for name in _structures(space, step) if name in reasons), None)
+        memory = None if reason else predict_memory(step, space.model, space.workload, space.cluster)
+        return Lever(axis, value, memory, reason)
+
+    memory = predict_memory(config, space.model, space.workload, space.cluster)
+    return memory, [lever(*move) for move in moved]
+
+
+def _moves(space: Space, config: TrialConfig) -> Iterable[tuple[str, Scalar, TrialConfig, str | None]]:
+    """(axis, value, config, why it is illegal) of each step of one axis."""
+    values = space.values(config)
+    stated = {axis: space.axes[axis][0] if value == NOT_APPLICABLE else value for axis, value in values.items()}
+    for axis, allowed in space.axes.items():
+        if values[axis] == NOT_APPLICABLE:
+            continue
+        at = allowed.index(values[axis]) if values[axis] in allowed else -1
+        steps = allowed if at < 0 else [allowed[to] for to in (at - 1, at + 1) if 0 <= to < len(allowed)]
+        for value in steps:
+            moved = space.config(stated | {axis: value})
+            yield axis, value, moved, space.refusal(moved)
+
+
+def trace_structures(names: Iterable[str], on_traced: OnTraced = lambda done, total: None) -> dict[str, str]:
+    """Trace what is not on disk yet; returns why some structures could not be."""
+    missing = sorted(name for name in names if not is_traced(name))
+    if not missing:
+        return {}
+    reasons: dict[str, str] = {}
+    on_traced(0, len(missing))
+    # In processes of their own: a trace takes the process group and changes libraries meanwhile. Not forked, because
+    # this process may have threads.
+    workers = min(len(missing), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare) as pool:
+        running = {pool.submit(_trace, name): name for name in missing}
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                reason = future.result()
+                if reason is not None:
+                    reasons[running[future]] = reason
+                on_traced(done, len(missing))
+        except BaseException:  # Ctrl-C: what is traced stays on disk, and nothing more is begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return reasons
+
+
+def _trace(name: str) -> str | None:
+    try:
+        stream(name)
+    except Exception as error:  # whatever a library says of a config: it is that config's problem, not the plan's
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def _prepare() -> None:
+    """Keep a tracing process to one core and away from the terminal, and let it end with its parent."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)

@@ -1,0 +1,154 @@
+"""A whole space predicted: equal to its configs one by one, with reasons where nothing can be said."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autotune.errors import NothingFeasibleError
+from autotune.predict import plan as planning
+from autotune.predict.memory import predict_memory
+from autotune.predict.plan import SURE, Plan, explain, plan_memory, require_feasible, trace_structures
+from autotune.space.space import Space
+from autotune.spec.prediction import MemoryPrediction
+from tests.samples import sample_space
+
+BUCKETS = {
+    "zero_optimization.reduce_bucket_size": [20_000, 200_000],
+    "zero_optimization.allgather_bucket_size": [20_000, 400_000],
+}
+PLAIN: dict[str, Any] = {
+    "engine": "pytorch",
+    "precision": "bf16",
+    "zero_stage": [0, 3],
+    "activation_checkpointing": ["none", "full"],
+    "micro_batch_size": [1, 2, 4, 8],
+}
+KEYED: dict[str, Any] = PLAIN | {
+    "engine": ["deepspeed", "pytorch"],
+    "zero_stage": [2],
+    "activation_checkpointing": ["full"],
+    "micro_batch_size": [2, 4],
+    "deepspeed": BUCKETS,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def predicted(space: Space) -> list[MemoryPrediction]:
+    return [predict_memory(config, space.model, space.workload, space.cluster) for config in space.candidates]
+
+
+def test_every_candidate_is_predicted_as_by_itself(tmp_path: Path) -> None:
+    small = {"nodes": 1, "gpus_per_node": 2, "gpu": "cpu", "memory_bytes": "30MiB"}
+    baseline = {"precision": "fp32", "zero_stage": 0, "micro_batch_size": 8}
+    space = sample_space(tmp_path, search=PLAIN, cluster=small, baseline=baseline)
+    told: list[tuple[int, int]] = []
+    plan = plan_memory(space, lambda done, total: told.append((done, total)))
+    assert told[0][0] == 0
+    assert told[-1][0] == told[-1][1] == len(told) - 1
+    singly = predicted(space)
+    assert plan.device_used_bytes.round().tolist() == [memory.device_used_bytes for memory in singly]
+    usable = space.usable_bytes
+    assert plan.fits.tolist() == [memory.device_used_bytes <= usable for memory in singly]
+    assert plan.surely_too_big.tolist() == [memory.fit_probability(usable) < SURE for memory in singly]
+    assert plan.fits.any()
+    assert plan.surely_too_big.any()
+    assert not plan.unpredicted
+    order = [plan.device_used_bytes[at] for at in plan.smallest(5)]
+    assert order == sorted(order)
+    assert order[0] == plan.device_used_bytes.min()
+    # What the study asks: candidates, and a baseline that is none of them.
+    assert space.baseline is not None
+    assert space.baseline not in space
+    stated = plan.of(space.baseline)
+    assert stated is not None
+    assert stated.device_used_bytes > plan.of(space.candidates[0]).device_used_bytes  # type: ignore[union-attr]
+    # All of it is on disk now.
+    again = plan_memory(space, lambda done, total: pytest.fail("traced again"))
+    assert (again.device_used_bytes == plan.device_used_bytes).all()
+
+
+@pytest.mark.slow
+def test_keys_are_traced_one_by_one_and_added(tmp_path: Path) -> None:
+    space = sample_space(tmp_path, search=KEYED, baseline=...)
+    plan = plan_memory(space)
+    for used, deviation, memory in zip(plan.device_used_bytes, plan.deviations, predicted(space), strict=True):
+        assert abs(used - memory.device_used_bytes) <= 2.6 * deviation * used
+    keyed = np.array([any(value != 20_000 for _, value in config.deepspeed) for config in space.candidates])
+    assert plan.deviations[keyed].max() > plan.deviations[~keyed].max()
+
+
+def test_what_cannot_be_traced_has_its_reason_and_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = planning._trace
+
+    def failing(names: set[str], on_traced: Any = None) -> dict[str, str]:
+        bad = {name: "RuntimeError: no kernel" for name in names if '"zero_stage": 3' in name}
+        return bad | {name: reason for name in names - set(bad) if (reason := real(name))}
+
+    monkeypatch.setattr(planning, "trace_structures", failing)
+    space = sample_space(tmp_path, search=PLAIN, baseline=...)
+    plan = plan_memory(space)
+    unknown = np.array([config.zero_stage == 3 for config in space.candidates])
+    assert (np.isnan(plan.device_used_bytes) == unknown).all()
+    assert plan.unpredicted == {"RuntimeError: no kernel": unknown.sum()}
+    assert not (plan.fits | plan.too_big | plan.surely_too_big)[unknown].any()
+    assert all(plan.of(config) is None for config in space.candidates if config.zero_stage == 3)
+    assert all(space.candidates[at].zero_stage == 0 for at in plan.smallest(100))
+
+
+def test_an_impossible_structure_is_a_reason_and_not_an_error() -> None:
+    (reason,) = trace_structures({"not JSON"}).values()
+    assert reason.startswith("JSONDecodeError")
+
+
+def a_plan(space: Space, used: float) -> Plan:
+    count = len(space.candidates)
+    return Plan(space, np.full(count, used), np.full(count, 0.002), Counter(), None)
+
+
+def test_a_study_without_a_chance_is_refused_before_it_starts(tmp_path: Path) -> None:
+    space = sample_space(tmp_path, search=PLAIN)
+    require_feasible(a_plan(space, space.usable_bytes * 1.001))  # too big, not surely
+    require_feasible(a_plan(space, math.nan))
+    with pytest.raises(
+        NothingFeasibleError, match=r"none of the 16 candidates fits in 56.4 MiB; the smallest, pytorch"
+    ):
+        require_feasible(a_plan(space, space.usable_bytes * 1.1))
+
+
+def test_each_lever_is_one_step_and_predicted_as_by_itself(tmp_path: Path) -> None:
+    space = sample_space(tmp_path, search=PLAIN, baseline=...)
+    config = next(c for c in space.candidates if c.micro_batch_size == 2 and c.zero_stage == 3)
+    memory, levers = explain(space, config)
+    assert memory == predict_memory(config, space.model, space.workload, space.cluster)
+    assert [(lever.axis, lever.value) for lever in levers] == [
+        ("zero_stage", 0),
+        ("activation_checkpointing", "full"),
+        ("micro_batch_size", 1),
+        ("micro_batch_size", 4),
+    ]
+    values = space.values(config)
+    for lever in levers:
+        moved = space.config(values | {"selective_every": space.axes["selective_every"][0], lever.axis: lever.value})
+        assert lever.memory == predict_memory(moved, space.model, space.workload, space.cluster)
+
+
+def test_an_illegal_lever_says_why(tmp_path: Path) -> None:
+    space = sample_space(tmp_path, search=PLAIN | {"zero_stage": [0, 1]}, baseline=...)
+    _, levers = explain(space, space.candidates[0])
+    (stage,) = [lever for lever in levers if lever.axis == "zero_stage"]
+    assert stage.memory is None
+    assert stage.reason is not None
+    assert "zero_stage 1 does not exist" in stage.reason
