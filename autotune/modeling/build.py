@@ -35,10 +35,20 @@ def huggingface_config(spec: ModelSpec) -> PretrainedConfig:
 
 
 def construct_model(spec: ModelSpec, attention: Attention) -> PreTrainedModel:
-    """The causal language model with fp32 parameters, in training mode, wherever the surrounding context puts it."""
-    model = AutoModelForCausalLM.from_config(
-        huggingface_config(spec), dtype=torch.float32, attn_implementation=attention
-    )
+    """The causal language model with fp32 parameters, in training mode, wherever the surrounding context puts it.
+
+    Experts are computed by transformers' default, `grouped_mm`, as under the Trainer: tokens are sorted by expert, so
+    that no size depends on which token goes to which.
+
+    Raises:
+        UsageError: transformers does not build this architecture with this attention, as Gemma 2 with `sdpa`.
+    """
+    config = huggingface_config(spec)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    except ValueError as error:
+        reason = str(error).split(". ")[0]
+        raise UsageError(f"model {spec.name} cannot be built with attention {attention}: {reason}") from error
     return model.train()
 
 
@@ -83,6 +93,20 @@ def checkpointed_layers(model: torch.nn.Module) -> list[GradientCheckpointingLay
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def layer_kinds(spec: ModelSpec, attention: Attention) -> list[object]:
+    """Of each decoder layer something that is equal for layers built alike: same parameters, same attention pattern.
+
+    Layers differ where a model alternates sliding and full attention, or layers with experts and without.
+    """
+    model = build_model(spec, attention)
+    layers = checkpointed_layers(model)
+    patterns = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
+    return [
+        (pattern, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()))
+        for pattern, layer in zip(patterns, layers, strict=True)
+    ]
+
+
 def data_parallel_mesh(device_type: str, ranks: int) -> DeviceMesh:
     """All ranks in one dimension. Its table of ranks is read, so it is real even where tensors are fake."""
     with unset_fake_temporarily():
@@ -107,7 +131,9 @@ def shard_with_fsdp2(model: PreTrainedModel, config: TrialConfig, mesh: DeviceMe
     tied = embedding.weight is head.weight
     for layer in checkpointed_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    tail = [model.base_model.norm, *([embedding] if tied else []), head]
+    # Named norm, final_layernorm, ln_f: it is the last of the base model's own children that is one.
+    norms = [module for module in model.base_model.children() if "Norm" in type(module).__name__]
+    tail = [*norms[-1:], *([embedding] if tied else []), head]
     if not tied:
         fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(tail, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from autotune import __version__
+import autotune
 from autotune.predict import device
 from autotune.predict.stream import SitedStream, Stream
 from autotune.spec.cluster import ClusterSpec
@@ -32,6 +32,7 @@ CPU_DEVIATION = 0.002
 GPU_DEVIATION = 0.06
 """A ratio. No measurement stands behind it yet: it covers fragmentation, which is not predicted, and other kernels."""
 
+_SOURCES = ("engines", "formats", "modeling", "predict")
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 
 
@@ -127,7 +128,13 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    return {"autotune": __version__, **{package: importlib.metadata.version(package) for package in _PACKAGES}}
+    """Of the libraries, and a digest of our own sources that decide on a trace: a version may change them and keep its
+    number.
+    """
+    root = Path(autotune.__file__).parent
+    sources = sorted(file for package in _SOURCES for file in (root / package).glob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
+    return {"autotune": digest, **{package: importlib.metadata.version(package) for package in _PACKAGES}}
 
 
 @functools.lru_cache(maxsize=4096)

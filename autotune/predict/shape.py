@@ -14,6 +14,8 @@ from autotune.spec.model import ModelSpec
 
 _DENSE_SIBLING = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
 """A sparse family has the attention, the norms and the embeddings of this dense one."""
+_SHAPED = ("qwen2", "qwen3", "llama", "mistral", *_DENSE_SIBLING)
+"""Of the families that are traced, those whose weights are written down here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +101,19 @@ def read_shape(name: str, config: dict[str, Any]) -> DecoderShape:
 
     Args:
         name: for messages.
-        config: of a dense decoder that `ModelSpec` knows, or of a `qwen2_moe` or `qwen3_moe`.
+        config: of a `qwen2`, `qwen3`, `llama`, `mistral`, `qwen2_moe` or `qwen3_moe`.
 
     Raises:
         InvalidModelError: another model_type, or a key that is missing or impossible.
     """
     model_type = config.get("model_type")
-    sibling = _DENSE_SIBLING.get(model_type) if isinstance(model_type, str) else None
+    if model_type not in _SHAPED:
+        raise InvalidModelError(
+            f"model {name}: found model_type {shown(model_type)}, but without a trace only {', '.join(_SHAPED)} are"
+            " predicted; name a model of one of these types"
+        )
+    sibling = _DENSE_SIBLING.get(model_type)
     spec = ModelSpec(name=name, config=config if sibling is None else {**config, "model_type": sibling})
-    _ = spec.model_type  # first: the keys of a family that we do not know mean nothing to us
     query, key_value = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
     dense = functools.partial(functools.cache(_dense_layer), spec, query, key_value)
     sparse = functools.partial(functools.cache(_sparse_layer), spec, query, key_value)

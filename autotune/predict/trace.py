@@ -1,6 +1,7 @@
 """Traces the step of one structure: the engine's own, of a shallow model and on fake tensors."""
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from autotune.modeling.build import layer_kinds
 from autotune.predict.fake import fake_trial
 from autotune.predict.record import Recorder
 from autotune.predict.stream import (
@@ -65,6 +67,15 @@ def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, ra
 
     if depth <= MAX_WHOLE_LAYERS:
         return Stream.of(record(depth, TRACED_BATCH, TRACED_LENGTH))
+    period = _period(layer_kinds(model, config.attention))
+    if period > 1:
+        # Depths that hold whole periods and the same rest differ by whole periods: the line in depth is then theirs.
+        low = TRACED_LAYERS + (depth - TRACED_LAYERS) % period
+        high = low + period * math.ceil((UNEVEN_LAYERS - TRACED_LAYERS) / period)
+        if high >= depth:
+            return Stream.of(record(depth, TRACED_BATCH, TRACED_LENGTH))
+        shallow, deep = (record(layers, TRACED_BATCH, TRACED_LENGTH) for layers in (low, high))
+        return SitedStream.between(shallow, deep, depth)
     shallow = record(TRACED_LAYERS, TRACED_BATCH, TRACED_LENGTH)
     deeper = record(TRACED_LAYERS + 1, CHECKED_BATCH, CHECKED_LENGTH)
     try:
@@ -185,6 +196,11 @@ def _naming(engine: Inspectable, recorder: Recorder, on_phase: Callable[[Phase],
         on_phase(phase)
 
     return told
+
+
+def _period(kinds: list[object]) -> int:
+    """After how many layers the kinds repeat; all of them where they never do."""
+    return next(period for period in range(1, len(kinds) + 1) if kinds[period:] == kinds[:-period])
 
 
 def _by_part(engine: Inspectable) -> dict[Part, list[torch.Tensor]]:

@@ -248,7 +248,7 @@ def result_panel(study: Study, artifacts: dict[str, Path]) -> RenderableType:
         refused = len(study.space.candidates) - len(study.worth_a_launch)
         lines.append(Text.assemble(("refused ", "dim"), f"{refused} candidates, predicted to run out of memory"))
     if words := ledger_text(study):
-        lines.append(Text.assemble(("foreseen", "dim"), f" {words}"))
+        lines.append(Text.assemble(("ledger  ", "dim"), words))
     if artifacts:
         folder = next(iter(artifacts.values())).parent
         lines.append(Text.assemble(("files   ", "dim"), f"{_short(folder)}: {', '.join(artifacts)}"))

@@ -53,7 +53,7 @@ def test_an_impossible_key_is_named(change: dict[str, object]) -> None:
         read_shape("m", CONFIGS["qwen3 experts"] | change)
 
 
-@pytest.mark.parametrize("model_type", [None, "gpt2", ["qwen2"]])
+@pytest.mark.parametrize("model_type", [None, "gpt2", "gemma", "mixtral", ["qwen2"]])
 def test_another_family_is_refused(model_type: object) -> None:
     with pytest.raises(InvalidModelError, match="model_type"):
         read_shape("m", {**CONFIGS["qwen2"], "model_type": model_type})

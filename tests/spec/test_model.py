@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from autotune.errors import InvalidModelError
-from autotune.spec.model import ModelSpec, load_model
+from autotune.spec.model import SUPPORTED_MODEL_TYPES, ModelSpec, load_model
 
 PUBLISHED_PARAMETERS = {
     "Qwen/Qwen3-0.6B": 596_049_920,
@@ -63,30 +63,93 @@ def test_transformers_builds_every_shipped_architecture(name: str) -> None:
     assert parameters_that_transformers_counts(model.config) == model.num_parameters
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+EXPERTS = {
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 80,
+}
+REFUSED = {  # by transformers: keys that the config does not have, or must not be null
+    "head_dim": ("qwen2",),
+    "num_key_value_heads": ("mistral", "mixtral", "qwen2_moe", "qwen3_moe", "gemma", "gemma2", "gemma3_text"),
+}
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"tie_word_embeddings": True},
-        {"attention_bias": True, "mlp_bias": True},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True, "qkv_bias": False, "qk_layernorm": True},
         {"head_dim": 24},
         {"num_key_value_heads": None},
     ],
     ids=str,
 )
 def test_formula_follows_transformers_in_every_family(model_type: str, changes: dict[str, object]) -> None:
-    if "head_dim" in changes and model_type == "qwen2":
-        pytest.skip("not a key of Qwen2Config")
-    if "num_key_value_heads" in changes and model_type == "mistral":
-        pytest.skip("MistralConfig refuses null")
-    model = ModelSpec(name="small", config={"model_type": model_type, **SMALL_CONFIG, **changes})
-    assert parameters_that_transformers_counts(model.config) == model.num_parameters
+    if any(model_type in REFUSED.get(key, ()) for key in changes):
+        pytest.skip("transformers refuses it")
+    if model_type == "phi" and "head_dim" in changes:
+        changes = {"head_dim": 32}  # its norms of queries and keys, where there are any, do not follow it
+    experts = {} if model_type in ("qwen2", "qwen3", "llama", "mistral") else EXPERTS
+    config = {"model_type": model_type, **SMALL_CONFIG, **experts, "pad_token_id": None, **changes}
+    assert parameters_that_transformers_counts(config) == ModelSpec(name="small", config=config).num_parameters
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize(
+    ("changes", "sparse"),
+    [
+        ({}, [True] * 4),
+        ({"decoder_sparse_step": 2}, [False, True] * 2),
+        ({"mlp_only_layers": [0, 3]}, [False, True, True, False]),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, [False] * 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
+def test_dense_layers_among_sparse_ones(model_type: str, changes: dict[str, object], sparse: list[bool]) -> None:
+    config = {"model_type": model_type, **SMALL_CONFIG, **EXPERTS, "num_hidden_layers": 4, **changes}
+    model = ModelSpec(name="small", config=config)
+    assert [model.is_sparse(layer) for layer in range(4)] == sparse
+    assert parameters_that_transformers_counts(config) == model.num_parameters
+
+
+def test_flops_of_a_token_count_the_experts_it_passes_through() -> None:
+    config = {"model_type": "qwen2_moe", **SMALL_CONFIG, **EXPERTS, "mlp_only_layers": [0]}
+    attention = 2 * 64 * 64 + 2 * 64 * 32
+    dense, sparse = 3 * 64 * 96, 2 * 3 * 64 * 48 + 8 * 64 + 3 * 64 * 80 + 64
+    weights = 2 * attention + dense + sparse + 100 * 64
+    assert ModelSpec(name="small", config=config).flops_per_token(128) == 6 * weights + 12 * 2 * 64 * 128
+
+
+def test_published_sizes_of_a_sparse_model() -> None:
+    """Qwen3-30B-A3B: 30.5 B parameters, of which 3.3 B work on a token."""
+    config = {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+    }
+    model = ModelSpec(name="Qwen3-30B-A3B", config=config)
+    assert model.num_parameters == 30_532_122_624
+    embedding = 151936 * 2048  # a lookup: counted among the active parameters, and no FLOPs
+    assert model.flops_per_token(0) / 6 + embedding == pytest.approx(3.3e9, rel=0.02)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_absent_key_value_heads_and_head_dim_follow_transformers(model_type: str) -> None:
-    config = {"model_type": model_type, **SMALL_CONFIG, "num_attention_heads": 32, "hidden_size": 256}
+    sizes = {"num_attention_heads": 32, "hidden_size": 256, "pad_token_id": None}
+    config: dict[str, object] = {"model_type": model_type, **SMALL_CONFIG, **EXPERTS, **sizes}
     del config["num_key_value_heads"]
     model = ModelSpec(name="small", config=config)
     assert parameters_that_transformers_counts(config) == model.num_parameters
@@ -169,7 +232,7 @@ def test_a_name_near_to_nothing_lists_all(reference: str, tmp_path: Path) -> Non
         ("[" * 100_000, "is not JSON"),
         ("[1]", "holds a list"),
         ("{}", "model_type None"),
-        ('{"model_type": "mixtral"}', "only dense decoders of type qwen2, qwen3, llama, mistral"),
+        ('{"model_type": "mamba"}', "only decoders of type qwen2, qwen3, llama, mistral, qwen2_moe"),
         ('{"model_type": ["qwen3"]}', "model_type"),
         ('{"model_type": "llama", "hidden_size": 64}', "found no num_attention_heads"),
         (json.dumps({"model_type": "llama", **SMALL_CONFIG, "vocab_size": "100"}), "found '100' as vocab_size"),
