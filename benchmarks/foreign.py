@@ -16,6 +16,8 @@ predict` would send it. Nothing is fitted to the rows.
 - `qwen1_finetune_profile.csv`, `ms_swift_benchmark.csv`: reported. Full fine-tuning on one GPU goes to the traced
   prediction, by engine pytorch; LoRA, adapters and models without a known architecture are skipped and counted.
 
+Times of the same sweep and of two more tables are judged by `foreign_time.py`, whose docstring says how.
+
 On the same rows stand two other estimates: DeepSpeed's `estimate_zero2/3_model_states_mem_needs` (without offload) and
 what `accelerate estimate-memory` prints: the weights' bytes for inference, its largest column for training with Adam.
 """
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.commands.estimate import estimate_training_usage
+from foreign_time import mpt_time, nanotron_time, vtrain_time  # type: ignore[import-not-found]  # a script's neighbour
 
 from autotune.predict.cases import answer
 from autotune.predict.shape import read_shape
@@ -383,24 +386,36 @@ def tuning(rows: Iterable[Row]) -> dict[str, Any]:
     return {"errors": {name: values.summary() for name, values in errors.items()}, "skipped": dict(skipped)}
 
 
-FILES: dict[str, Callable[[Iterable[Row]], dict[str, Any]]] = {
-    "qwen_inference_speed_memory.csv": inference,
-    "nanotron_bench_final2.csv": nanotron,
-    "qwen1_finetune_profile.csv": tuning,
-    "ms_swift_benchmark.csv": tuning,
+def _nanotron_time(rows: Iterable[Row]) -> dict[str, Any]:
+    found: dict[str, Any] = nanotron_time(rows, lambda row: nanotron_case(row)["model"])
+    return found
+
+
+Judge = Callable[[Iterable[Row]], dict[str, Any]]
+FILES: dict[str, dict[str, Judge]] = {
+    "qwen_inference_speed_memory.csv": {"memory": inference},
+    "nanotron_bench_final2.csv": {"memory": nanotron, "time": _nanotron_time},
+    "qwen1_finetune_profile.csv": {"memory": tuning},
+    "ms_swift_benchmark.csv": {"memory": tuning},
+    "vtrain_a100_iteration_times.csv": {"time": vtrain_time},
+    "llm_foundry_mpt_throughput.csv": {"time": mpt_time},
 }
 
 
-def compare(folder: Path) -> dict[str, Any]:
-    """Every file of the folder that we know."""
+def compare(folder: Path, kinds: Iterable[str]) -> dict[str, Any]:
+    """Every file of the folder that we know; times have a `time: ` before its name."""
     report: dict[str, Any] = {}
-    for name, judge in FILES.items():
-        path = folder / name
-        if not path.is_file():
-            report[name] = {"note": "not in the folder"}
-            continue
-        with path.open(newline="", encoding="utf-8") as file:
-            report[name] = judge(csv.DictReader(file))
+    for name, judges in FILES.items():
+        for kind, judge in judges.items():
+            title = name if kind == "memory" else f"{kind}: {name}"
+            path = folder / name
+            if kind not in kinds:
+                continue
+            if not path.is_file():
+                report[title] = {"note": "not in the folder"}
+                continue
+            with path.open(newline="", encoding="utf-8") as file:
+                report[title] = judge(csv.DictReader(file))
     gates = {name: part["gate"]["passed"] for name, part in report.items() if "gate" in part}
     return {"files": report, "gates": gates}
 
@@ -425,9 +440,10 @@ def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with the published tables")
+    parser.add_argument("--only", choices=("memory", "time"), help="leave the other half out")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
-    report = compare(arguments.data)
+    report = compare(arguments.data, [arguments.only] if arguments.only else ("memory", "time"))
     show(report)
     if arguments.json:
         print(json.dumps(report))

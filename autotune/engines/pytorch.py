@@ -16,6 +16,7 @@ and accelerate do (read in transformers 5.23 and accelerate 1.15), and what foll
   fp16 on CPU; torch can do it, so the code path is tested there.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -102,13 +103,26 @@ class PyTorchEngine:
         return norm.item()
 
     def living_tensors(self) -> dict[str, list[torch.Tensor]]:
-        """What lives between passes: `parameters`, `gradients` and `optimizer_states`."""
+        """What lives between passes: `parameters`, `gradients` and `optimizer_states`; gathered ones are `buffers`."""
         states = (value for state in self._optimizer.state.values() for value in state.values())
         return {
+            "buffers": [gathered for gathered, _ in self._gathered()],
             "parameters": list(self._parameters),
-            "gradients": [parameter.grad for parameter in self._parameters if parameter.grad is not None],
+            "gradients": [
+                *(parameter.grad for parameter in self._parameters if parameter.grad is not None),
+                *(gradient for _, gradient in self._gathered() if gradient is not None),
+            ],
             "optimizer_states": [value for value in states if isinstance(value, torch.Tensor)],
         }
+
+    def _gathered(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """FSDP2's whole parameters, of which only the storage comes and goes, with their whole gradients."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+                for held in group.fsdp_params:
+                    whole = getattr(held, "_unsharded_param", None)
+                    if whole is not None:
+                        yield whole, whole.grad if whole.grad is not None else held.unsharded_accumulated_grad
 
     def _synchronised(self, boundary: bool) -> AbstractContextManager[None]:
         """Gradients are reduced over the ranks in the backward pass exactly if `boundary`."""

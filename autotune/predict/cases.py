@@ -11,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from autotune.errors import AutotuneError, UsageError, shown
 from autotune.predict.generate import GENERATE_PROFILES, GenerateConfig, KvCache, Quantization, predict_generate
+from autotune.predict.layout_times import STEP_PROFILES, Layouts, predict_layouts
 from autotune.predict.layouts import TRAINER_PROFILES, Layout, impossible, predict_layout
 from autotune.predict.shape import DecoderShape, read_shape
+from autotune.predict.step import TimePrediction
+from autotune.predict.throughput import Trials, predict_trials
 from autotune.space.legality import RULES
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import ActivationCheckpointing, Attention, Engine, Offload, Precision, Scalar, TrialConfig
@@ -105,6 +108,8 @@ class _Answer:
     """Sum over the GPUs of a model that is spread by layers; None where all GPUs do the same."""
     rank_0_reserved_bytes: int | None = None
     """Of the first pipeline stage; None where there are no stages."""
+    time: TimePrediction | None = None
+    """None for generation, and on a CPU, of whose speed the table of hardware says nothing."""
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:
@@ -164,15 +169,22 @@ def _document(identity: object, found: _Answer, cluster: ClusterSpec) -> dict[st
         "breakdown": {part.value: size for part, size in fullest.breakdown.items()},
         "peak_memory_allocated_bytes": fullest.allocated_bytes,
         "peak_memory_reserved_bytes": fullest.reserved_bytes,
-        "step_time_seconds": None,
-        "tokens_per_second_per_gpu": None,
-        "model_flops_utilization": None,
+        "step_time_seconds": found.time and _digits(found.time.step_time_seconds),
+        "tokens_per_second_per_gpu": found.time and _digits(found.time.tokens_per_second_per_gpu),
+        "model_flops_utilization": found.time and _digits(found.time.model_flops_utilization),
     }
+    if found.time is not None:
+        document["step_time_breakdown"] = {part.value: _digits(size) for part, size in found.time.breakdown.items()}
     if found.allocated_bytes_of_all is not None:
         document["peak_memory_allocated_bytes_of_all_gpus"] = found.allocated_bytes_of_all
     if found.rank_0_reserved_bytes is not None:
         document["rank_0_peak_memory_reserved_bytes"] = found.rank_0_reserved_bytes
     return document
+
+
+def _digits(value: float) -> float:
+    """Six digits: more would pretend."""
+    return float(f"{value:.6g}")
 
 
 def _answer_generate(case: _Case, cluster: ClusterSpec) -> _Answer:
@@ -230,7 +242,26 @@ def _answer_layout(case: _Case, cluster: ClusterSpec) -> _Answer:
     return _Answer(
         fullest=max(stages, key=lambda stage: stage.device_used_bytes),
         rank_0_reserved_bytes=stages[0].reserved_bytes,
+        time=_layout_time(case.implementation, shape, layout, cluster),
     )
+
+
+def _layout_time(
+    implementation: str, shape: DecoderShape, layout: Layout, cluster: ClusterSpec
+) -> TimePrediction | None:
+    if cluster.device == "cpu":
+        return None
+    by_cost = TRAINER_PROFILES[implementation].balances_by_cost
+    profile, layouts = STEP_PROFILES[implementation], Layouts.of([layout])
+    return predict_layouts(shape, layouts, profile, cluster, by_cost=by_cost).at(0)
+
+
+def _trial_time(
+    shape: DecoderShape, config: TrialConfig, work: Workload, cluster: ClusterSpec
+) -> TimePrediction | None:
+    if cluster.device == "cpu":
+        return None
+    return predict_trials(shape, Trials.of([config], work, shape), cluster).at(0)
 
 
 def _answer_trial(case: _Case, cluster: ClusterSpec) -> _Answer:
@@ -250,7 +281,10 @@ def _answer_trial(case: _Case, cluster: ClusterSpec) -> _Answer:
             raise UsageError(f"config: {reason}; choose another value")
     from autotune.predict.memory import predict_memory  # imports torch and transformers: only where it is asked
 
-    return _Answer(fullest=predict_memory(config, model, work, cluster))
+    return _Answer(
+        fullest=predict_memory(config, model, work, cluster),
+        time=_trial_time(_shape(case.model), config, work, cluster),
+    )
 
 
 def _full_method(case: _Case) -> None:

@@ -185,6 +185,7 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         from autotune.engines import deepspeed as engine
 
         yield engine, "write_partitioned_weights", lambda *args: None
+        yield transformers.PreTrainedModel, "initialize_weights", lambda self: None
         yield coordinator, "assert_ints_same_as_other_ranks", lambda ints: None
         # Names for debugging, by weak references, with which a FakeTensor cannot be replaced in place.
         yield deepspeed.runtime.engine, "debug_extract_module_and_param_names", lambda model: None

@@ -84,16 +84,18 @@ class TrainerProfile:
     """Of logits that are gone by then, but whose block is too small to be reused."""
 
 
+_NANOTRON = TrainerProfile(
+    balances_by_cost=True,
+    ddp_buckets=True,
+    fused_accumulation=False,
+    flattens_gather=True,
+    mlp_bytes=8,
+    logits_bytes=8,
+    cast_bytes=2,
+)
 TRAINER_PROFILES: dict[str, TrainerProfile] = {
-    "nanotron": TrainerProfile(
-        balances_by_cost=True,
-        ddp_buckets=True,
-        fused_accumulation=False,
-        flattens_gather=True,
-        mlp_bytes=8,
-        logits_bytes=8,
-        cast_bytes=2,
-    ),
+    "nanotron": _NANOTRON,
+    "nanotron-checked": _NANOTRON,  # differs in time alone: `layout_times.STEP_PROFILES`
     # Fused SwiGLU saves its input alone, the vocabulary-parallel loss works in place on one fp32 copy, and weight
     # gradients are added to `main_grad` by the kernel (gradient_accumulation_fusion).
     "megatron": TrainerProfile(

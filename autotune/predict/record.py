@@ -22,10 +22,15 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
 
     Args:
         vocab_size: a tensor with this dimension is part of the logits.
+        update_on_host: whether the optimizer updates offloaded states, so that what it works in is on the host.
+        double_bytes: what the largest fp64 tensor is recorded as; None: as it is.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, update_on_host: bool = False, double_bytes: int | None = None) -> None:
         super().__init__()
+        self._double_bytes = double_bytes
+        self._doubles: set[int] = set()
+        self._update_on_host = update_on_host
         self._vocab_size = vocab_size
         self._operator = ""
         self._part = Part.ACTIVATIONS
@@ -83,6 +88,7 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
             with what the first one left.
         """
         self.enter(-1, "after")
+        self._resize_doubles()
         balance: Counter[int] = Counter()
         changes: Counter[int] = Counter()
         for _, size, block in self._blocks:
@@ -103,6 +109,15 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
             found[key], begin = tuple(kept), end
         return sizes, found
 
+    def _resize_doubles(self) -> None:
+        sizes = [size for _, size, block in self._blocks if block in self._doubles]
+        if self._double_bytes is None or not sizes:
+            return
+        largest = max(sizes)
+        for at, (operator, size, block) in enumerate(self._blocks):
+            if block in self._doubles and abs(size) == largest:
+                self._blocks[at] = (operator, self._double_bytes if size > 0 else -self._double_bytes, block)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # autograd asks each tensor: most of all calls
             return func(*args)
@@ -122,14 +137,22 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
         return False
 
     def _count(self, tensor: torch.Tensor) -> int:
+        if tensor.dtype is torch.float64:
+            self._operator = "to fp64"  # a copy for a norm, which grows unlike others that the same operator makes
         self._part = Part.ACTIVATIONS
         if self._operator.startswith(_COLLECTIVES):
             self._part = Part.BUFFERS
+        elif self._update_on_host and self._key is not None and self._key[1] == "update":
+            self._part = Part.HOST
         elif self._vocab_size in tensor.shape:
             self._part = Part.LOGITS
         if type(tensor) is FakeTensor:  # nothing is wrapped, and to ask through PyTorch for its device is dear
-            return 0 if tensor.fake_device.type == "meta" else self._recount(tensor.untyped_storage())
-        return super()._count(tensor)
+            grown = 0 if tensor.fake_device.type == "meta" else self._recount(tensor.untyped_storage())
+        else:
+            grown = super()._count(tensor)
+        if grown and tensor.dtype is torch.float64:
+            self._doubles.add(self._numbers[tensor.untyped_storage()._cdata])
+        return grown
 
     def _recount(self, storage: torch.UntypedStorage) -> int:
         known = self._storages.get(storage._cdata, 0)

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from autotune.spec.cluster import Device
 from autotune.spec.prediction import Part
 
-Kind = Literal["before", "forward", "between", "backward", "after"]
+Kind = Literal["before", "forward", "between", "backward", "after", "update"]
 """Of a segment: before the first layer; a layer's forward pass; head, loss and their backward pass; a layer's backward
-pass; the rest of the micro-step, with the optimizer update where there is one."""
+pass; the rest of the backward pass; the optimizer update where there is one."""
 
 Key = tuple[int, Kind, int]
 """(micro-step, kind, layer) of a segment; layer 0 where the kind has none."""
@@ -34,6 +34,9 @@ TRACED_LAYERS = 3
 """The first, the last, and one between, of which the second trace must have two."""
 
 _MIDDLE = 1
+
+MAX_WHOLE_LAYERS = 6
+"""A model no deeper is traced as it is."""
 
 
 class StructureError(ValueError):
@@ -59,7 +62,8 @@ class Trace:
     standing: dict[Part, int]
     """Bytes that live before the first micro-step: parameters, and what the engine allocates when it is built."""
     segments: dict[Key, tuple[Change, ...]]
-    """In order of time. Each micro-step has `before`, every `forward`, `between`, every `backward`, `after`."""
+    """In order of time. Each micro-step has `before`, every `forward`, `between`, every `backward`, `after`, and the
+    last one `update`."""
 
 
 QUANTITIES = 4
@@ -133,9 +137,9 @@ class SitedStream:
     """The model's depth beyond the shallow trace, in units of the difference between the two traces."""
 
     @classmethod
-    def between(cls, shallow: Trace, deep: Trace, layers: int) -> "SitedStream":
-        """Carry two traces of one structure on to `layers` decoder layers."""
-        low, high = _sites(shallow), _sites(deep)
+    def between(cls, shallow: Trace, deep: Trace, layers: int, update_share: float = 1.0) -> "SitedStream":
+        """Carry two traces of one structure on to `layers` decoder layers; see `Structure.stream`."""
+        low, high = _sites(shallow, update_share), _sites(deep, update_share)
         common = [site for site in low if site in high]
         return cls(
             shallow=np.concatenate([low[site] for site in common]),
@@ -174,9 +178,9 @@ def _named(parts: NDArray[np.float64]) -> dict[Part, int]:
     return {part: round(float(size)) for part, size in zip(PARTS, parts, strict=True) if round(float(size))}
 
 
-def _sites(trace: Trace) -> dict[tuple[int, Kind, str], NDArray[np.float64]]:
+def _sites(trace: Trace, update_share: float) -> dict[tuple[int, Kind, str], NDArray[np.float64]]:
     rows: dict[tuple[int, Kind, str], list[NDArray[np.float64]]] = {}
-    for (micro_step, kind, layer), live in _live(trace).items():
+    for (micro_step, kind, layer), live in _live(trace, update_share).items():
         for change, row in zip(trace.segments[micro_step, kind, layer], live, strict=True):
             rows.setdefault((micro_step, kind, change.operator), []).append(row)
     return {site: _candidates(np.stack(found)) for site, found in rows.items()}
@@ -190,16 +194,27 @@ def _highest_rows(
     return np.stack([rows[(rows @ counted).argmax()] for rows in sites])
 
 
-def _live(trace: Trace) -> dict[Key, NDArray[np.float64]]:
+def _live(trace: Trace, update_share: float = 1.0) -> dict[Key, NDArray[np.float64]]:
     """(changes, parts, QUANTITIES) of each segment: bytes of each part after each change."""
     live = np.zeros((len(PARTS), QUANTITIES))
     live[:, 0] = _by_part(trace.standing)
     found: dict[Key, NDArray[np.float64]] = {}
     for key, changes in trace.segments.items():
-        steps = live + _per_part(_template(changes, trace), 0)
+        steps = live + _in_portions(key, _per_part(_template(changes, trace), 0), update_share)
         found[key] = steps
         live = steps[-1] if len(steps) else live
     return found
+
+
+def _in_portions(key: Key, changed: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """What a segment adds to live memory, if an update works in portions: of what it adds at a time, so much less.
+
+    What it has given up at that time stays given up.
+    """
+    if key[1] != "update" or share == 1:
+        return changed
+    added = changed.sum(axis=1)[:, 0] > 0
+    return np.where(added[:, None, None], share * changed, changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +247,13 @@ class Structure:
         standing = _by_part(trace.standing)
         return cls(standing, _by_part(deeper.standing) - standing, templates)
 
-    def stream(self, layers: int) -> Stream:
+    def stream(self, layers: int, update_share: float = 1.0) -> Stream:
         """The stream of a model with so many decoder layers.
+
+        Args:
+            layers: how many.
+            update_share: the share (0..1) of this rank's parameters that the update works on at a time, where the
+                traces have done all at once.
 
         Raises:
             StructureError: fewer layers than were traced.
@@ -248,7 +268,7 @@ class Structure:
             for repeat in self._repeats(key, more):
                 if repeat > 1:  # the layers between the first and the last of equal ones: only what they leave behind
                     live = live + (repeat - 1) * _per_part(template, 0)[-1]
-                steps = live + _per_part(template, more)
+                steps = live + _in_portions(key, _per_part(template, more), update_share)
                 rows.append(steps)
                 live = steps[-1] if len(steps) else live
         return Stream(_candidates(np.concatenate(rows)))

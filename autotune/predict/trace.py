@@ -17,6 +17,7 @@ from autotune.predict.record import Recorder
 from autotune.predict.stream import (
     CHECKED_BATCH,
     CHECKED_LENGTH,
+    MAX_WHOLE_LAYERS,
     TRACED_BATCH,
     TRACED_LAYERS,
     TRACED_LENGTH,
@@ -41,10 +42,10 @@ class Inspectable(Protocol):
         """What lives between passes, by `Part`."""
 
 
-MAX_WHOLE_LAYERS = 6
-"""A model no deeper is traced as it is."""
-UNEVEN_LAYERS = 8
-"""Depth of the second trace where layers do not repeat, deep enough for buckets to fill a few times."""
+SUB_GROUP_SIZE = 10**9
+"""Elements; DeepSpeed 0.19's own, runtime/zero/config.py."""
+UNCUT = 10**15
+_SUB_GROUP_SIZE = "zero_optimization.sub_group_size"
 
 
 def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, rank: int = 0) -> Stream | SitedStream:
@@ -63,25 +64,85 @@ def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, ra
     depth = model.num_hidden_layers
 
     def record(layers: int, batch: int, length: int) -> Trace:
-        return record_trace(model, config, layers, 1 if single else batch, length, accumulates=accumulates, rank=rank)
+        return record_trace(
+            model,
+            config,
+            layers,
+            1 if single else batch,
+            length,
+            accumulates=accumulates,
+            rank=rank,
+            double_bytes=None if layers == depth else double_bytes,
+        )
 
+    double_bytes = _largest_double_bytes(model, config)
     if depth <= MAX_WHOLE_LAYERS:
         return Stream.of(record(depth, TRACED_BATCH, TRACED_LENGTH))
+    config, update_share = _all_at_once(model, config)
     period = _period(layer_kinds(model, config.attention))
-    if period > 1:
-        # Depths that hold whole periods and the same rest differ by whole periods: the line in depth is then theirs.
-        low = TRACED_LAYERS + (depth - TRACED_LAYERS) % period
-        high = low + period * math.ceil((UNEVEN_LAYERS - TRACED_LAYERS) / period)
-        if high >= depth:
-            return Stream.of(record(depth, TRACED_BATCH, TRACED_LENGTH))
-        shallow, deep = (record(layers, TRACED_BATCH, TRACED_LENGTH) for layers in (low, high))
-        return SitedStream.between(shallow, deep, depth)
-    shallow = record(TRACED_LAYERS, TRACED_BATCH, TRACED_LENGTH)
-    deeper = record(TRACED_LAYERS + 1, CHECKED_BATCH, CHECKED_LENGTH)
-    try:
-        return Structure.fit(shallow, deeper).stream(depth)
-    except StructureError:
-        return SitedStream.between(shallow, record(UNEVEN_LAYERS, TRACED_BATCH, TRACED_LENGTH), depth)
+    by_layer = config.engine == "pytorch" and config.zero_stage > 0  # FSDP2 works on a layer at a time
+    shallow = None
+    if by_layer and period == 1:
+        shallow = record(TRACED_LAYERS, TRACED_BATCH, TRACED_LENGTH)
+        deeper = record(TRACED_LAYERS + 1, CHECKED_BATCH, CHECKED_LENGTH)
+        try:
+            return Structure.fit(shallow, deeper).stream(depth)
+        except StructureError:
+            pass
+    # Depths that hold whole periods and the same rest differ by whole periods: the line in depth is then theirs.
+    low = _uneven_depth(model, config)
+    low += (depth - low) % period
+    high = low + period * math.ceil((2 if config.zero_stage == 3 else 4) / period)
+    if high >= depth:
+        return Stream.of(record(depth, TRACED_BATCH, TRACED_LENGTH))
+    if shallow is None or low != TRACED_LAYERS:
+        shallow = record(low, TRACED_BATCH, TRACED_LENGTH)
+    return SitedStream.between(shallow, record(high, TRACED_BATCH, TRACED_LENGTH), depth, update_share)
+
+
+def _uneven_depth(model: ModelSpec, config: TrialConfig) -> int:
+    """Layers of the first trace where buckets or partitions end within layers.
+
+    Under stages 1 and 2 of DeepSpeed a rank keeps the gradients of each parameter of which its partition has a piece.
+    Where that of the whole model is more than the embedding, so must be that of the traced one.
+    """
+    ranks = config.data_parallel_size
+    embedding = _embedding_size(model)
+    if config.engine != "deepspeed" or config.zero_stage not in (1, 2) or model.num_parameters < ranks * embedding:
+        return TRACED_LAYERS
+    outside = embedding if model.config.get("tie_word_embeddings") else 2 * embedding
+    layer = (model.num_parameters - outside) / model.num_hidden_layers
+    return max(TRACED_LAYERS, math.ceil((1.02 * ranks * embedding - outside) / layer))
+
+
+def _embedding_size(model: ModelSpec) -> int:
+    """Elements."""
+    return model.vocab_size * int(model.config["hidden_size"])
+
+
+def _largest_double_bytes(model: ModelSpec, config: TrialConfig) -> int | None:
+    """Bytes of the largest fp64 copy of a gradient, which DeepSpeed makes for the norm.
+
+    It copies one after another what a rank has of each parameter (deepspeed/runtime/zero/stage_1_and_2.py,
+    `get_grad_norm_direct`). In a shallow model a partition of stages 1 and 2 can be less than the embedding.
+    """
+    if config.engine != "deepspeed" or config.zero_stage not in (1, 2):
+        return None
+    return 8 * min(_embedding_size(model), model.num_parameters // config.data_parallel_size)
+
+
+def _all_at_once(model: ModelSpec, config: TrialConfig) -> tuple[TrialConfig, float]:
+    """The config with an update that is not cut, and the share (0..1) of the parameters that it works on at a time.
+
+    ZeRO-3 updates `sub_group_size` elements of a rank's partition after another (deepspeed/runtime/zero/stage3.py). A
+    shallow model fits in one such group and would say that the whole of a deep one does.
+    """
+    if config.engine != "deepspeed" or config.zero_stage != 3:
+        return config, 1.0
+    keys = dict(config.deepspeed)
+    size = float(keys.get(_SUB_GROUP_SIZE, SUB_GROUP_SIZE))
+    uncut = replace(config, deepspeed=tuple((keys | {_SUB_GROUP_SIZE: UNCUT}).items()))
+    return uncut, min(1.0, size * config.data_parallel_size / model.num_parameters)
 
 
 def record_trace(
@@ -93,6 +154,7 @@ def record_trace(
     *,
     accumulates: bool,
     rank: int = 0,
+    double_bytes: int | None = None,
 ) -> Trace:
     """Run the step at one size and write down what it allocates.
 
@@ -108,7 +170,7 @@ def record_trace(
         config=config,
         device="cpu",
     )
-    recorder = Recorder(model.vocab_size)
+    recorder = Recorder(model.vocab_size, update_on_host=config.offload != "none", double_bytes=double_bytes)
     with _no_collection(), fake_trial(request, recorder, rank) as trial, _Marks(recorder, layers) as marks:
         engine: Any = trial.engine
         if config.engine == "deepspeed" and config.zero_stage == 3:
@@ -162,6 +224,8 @@ class _Marks:
     def on_phase(self, phase: Phase) -> None:
         """The trial enters a phase."""
         self._phase = phase
+        if phase is Phase.OPTIMIZER:
+            self._recorder.enter(self._micro_step, "update")
         if phase is Phase.FORWARD:
             self._micro_step += 1
             self._recorder.enter(self._micro_step, "before")
