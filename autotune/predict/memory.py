@@ -32,7 +32,15 @@ CPU_DEVIATION = 0.002
 GPU_DEVIATION = 0.06
 """A ratio. No measurement stands behind it yet: it covers fragmentation, which is not predicted, and other kernels."""
 
-_SOURCES = ("engines", "formats", "modeling", "predict")
+_SOURCES = (
+    "engines/*.py",
+    "modeling/*.py",
+    "formats/deepspeed_json.py",
+    "predict/fake.py",
+    "predict/record.py",
+    "predict/stream.py",
+    "predict/trace.py",
+)
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 
 
@@ -134,7 +142,7 @@ def _versions() -> dict[str, str]:
     number.
     """
     root = Path(autotune.__file__).parent
-    sources = sorted(file for package in _SOURCES for file in (root / package).glob("*.py"))
+    sources = sorted(file for pattern in _SOURCES for file in root.glob(pattern))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
     return {"autotune": digest, **{package: importlib.metadata.version(package) for package in _PACKAGES}}
 
