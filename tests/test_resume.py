@@ -103,8 +103,7 @@ def test_trials_that_need_half_the_workers_run_at_the_same_time(undisturbed: Tun
     trials = undisturbed.trials
     assert len(trials) == 12
     assert set(ended(trials).values()) == {1}
-    kinds = {kind for kind, _ in findings(trials).values()}
-    assert kinds == {"measured", "out_of_memory"}
+    assert {kind for kind, _ in findings(trials).values()} == {"measured"}
     spans = [(t.config.gpus, a.started_at, a.finished_at) for t in trials for a in t.attempts if a.finished_at]
     both = [
         (x, y)
@@ -119,7 +118,7 @@ def test_a_second_driver_is_turned_away_and_the_first_can_be_interrupted(tmp_pat
     tuned = Tuned(tmp_path)
     first = tuned.start()
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180  # structures are traced before
         while not tuned.trials:
             assert first.poll() is None, tuned.log
             assert time.monotonic() < deadline

@@ -117,10 +117,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.timeout(600)
 def test_the_last_line_is_the_result(run: Run) -> None:
     assert run.final.returncode == 0, run.final.stderr
-    assert set(run.result) == {"study", "trials", "best", "baseline", "artifacts"}
+    assert set(run.result) == {"study", "trials", "best", "baseline", "prediction", "artifacts"}
     assert run.result["study"] == "tiny-cpu"
     assert run.result["trials"]["complete"] >= 8
-    assert run.result["trials"]["out_of_memory"] >= 1
+    # About a third of the candidates do not fit, and none of those was launched.
+    assert run.result["trials"]["out_of_memory"] == 0
+    assert run.result["prediction"]["measured"] == run.result["trials"]["complete"]
+    assert run.result["prediction"]["largest_error"] < 0.03
+    assert run.result["prediction"]["surprises"] == []
     assert run.result["trials"]["failed"] == 0
     assert run.result["best"]["measurement"]["tokens_per_second_per_gpu"] > 0
     assert len(run.result["best"]["measurement"]["ranks"]) == 2
@@ -149,17 +153,11 @@ def test_no_trial_is_lost_or_repeated(run: Run) -> None:
 def test_show_lists_config_outcome_and_timings(run: Run) -> None:
     for trial in trials(run.store):
         assert trial["config"]["micro_batch_size"] >= 1
-        assert trial["outcome"]["outcome"] in ("measurement", "failure")
+        assert trial["outcome"]["outcome"] == "measurement"
         assert trial["outcome"]["elapsed_seconds"] > 0
         assert all(attempt["started_at"] for attempt in trial["attempts"])
-        if trial["outcome"]["outcome"] == "measurement":
-            assert set(trial["outcome"]["phase_seconds"]) == {"start", "build", "warmup", "measure"}
-        else:
-            assert trial["outcome"]["kind"] == "out_of_memory"
-            assert trial["outcome"]["rank"] in (0, 1)
-            assert trial["outcome"]["phase"] in ("build", "forward", "backward", "optimizer")
-            assert trial["outcome"]["requested_bytes"] > 0
-            assert Path(trial["outcome"]["log_path"]).exists()
+        assert set(trial["outcome"]["phase_seconds"]) == {"start", "build", "warmup", "measure"}
+        assert trial["prediction"]["device_used_bytes"] > 0
 
 
 def test_the_best_files_are_what_was_measured(run: Run) -> None:

@@ -20,14 +20,14 @@ import numpy as np
 
 import autotune
 from autotune.predict import device
-from autotune.predict.stream import MAX_WHOLE_LAYERS, SitedStream, Stream
+from autotune.predict.stream import SitedStream, Stream
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.prediction import MemoryPrediction, Part
 from autotune.spec.workload import Workload
 
-CPU_DEVIATION = 0.002
+CPU_DEVIATION = 0.004
 """A ratio: the largest error over the demo space, on either engine."""
 GPU_DEVIATION = 0.06
 """A ratio. No measurement stands behind it yet: it covers fragmentation, which is not predicted, and other kernels."""
@@ -117,9 +117,9 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     """Everything that the traced step depends on, as JSON."""
     fields = config.to_dict()
     del fields["sequence_length"]
-    # A micro-batch of one sequence has layouts of its own: a few KiB, which are nothing to deep models.
-    deep = model.num_hidden_layers > MAX_WHOLE_LAYERS
-    fields["micro_batch_size"] = 2 if deep else min(2, config.micro_batch_size)
+    # A micro-batch of one sequence has layouts of its own, which make a difference of 0.2 % at most
+    # (`benchmarks/memory_cpu.py`), and would double what has to be traced.
+    fields["micro_batch_size"] = 2
     # Tensors of fp16 have the sizes of those of bf16; a loss scaler is a few bytes.
     fields["precision"] = "bf16" if config.precision == "fp16" else config.precision
     # Both attend by a flash kernel, which saves its output and a logarithm for each position.

@@ -136,7 +136,7 @@ class _Cells:
         for axis, values in space.axes.items():
             if len(values) > 1 and axis != "micro_batch_size" and not axis.startswith("deepspeed."):
                 code = code * (len(values) + 1) + columns[axis] + 1
-        code = code * 4 + 2 * (self._batch == 1) + self._accumulates(columns["gpus"], columns["micro_batch_size"])
+        code = code * 2 + self._accumulates(columns["gpus"], columns["micro_batch_size"])
         # The first candidate of a cell has the first value of every key.
         _, firsts, self.of = np.unique(code, return_index=True, return_inverse=True)
         self.examples: list[TrialConfig] = [space.candidates[int(at)] for at in firsts]

@@ -53,14 +53,13 @@ def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, ra
 
     Args:
         model: the architecture.
-        config: of its micro-batch size, only whether it is one sequence or several counts.
+        config: its micro-batch size and sequence length play no part.
         accumulates: an optimizer step has more than one micro-step.
         rank: whose step it is.
 
     Raises:
         UsageError: the engine refuses the config.
     """
-    single = config.micro_batch_size == 1
     depth = model.num_hidden_layers
 
     def record(layers: int, batch: int, length: int) -> Trace:
@@ -68,7 +67,7 @@ def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, ra
             model,
             config,
             layers,
-            1 if single else batch,
+            batch,
             length,
             accumulates=accumulates,
             rank=rank,
@@ -181,10 +180,10 @@ def record_trace(
         for boundary in [False] * (steps - 1) + [True]:
             trial.run([boundary], _naming(engine, recorder, marks.on_phase))
             recorder.name_all(_by_part(engine))
-        lasting, segments = recorder.end()
+        lasting, segments, blocks = recorder.end()
     for part, size in lasting.items():
         standing[part] = standing.get(part, 0) + size
-    return Trace(layers, micro_batch_size, sequence_length, standing, segments)
+    return Trace(layers, micro_batch_size, sequence_length, standing, segments, blocks)
 
 
 @contextmanager

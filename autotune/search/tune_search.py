@@ -22,7 +22,7 @@ from autotune.study import Attempt, Study
 
 OBJECTIVE = "objective"
 MEMORY_CONSTRAINT = "memory"
-MAX_REDRAWS = 100
+MAX_REDRAWS = 20
 """Illegal, known or too big proposals that are redrawn before any untried candidate is taken at random."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -16,6 +17,7 @@ from autotune.search.tune_search import MEMORY_CONSTRAINT, TuneSearch, distribut
 from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome
+from autotune.spec.prediction import Prediction
 from autotune.store.store import SqlStore, open_store
 from autotune.study import Study
 from tests.samples import failure, sample_space, simulate
@@ -84,6 +86,30 @@ def test_every_candidate_is_run_once_and_none_is_illegal(
     configs = drive(search_of(Study.open(space, store), sampler), at_once=at_once)
     assert len(configs) == len(set(configs))
     assert set(configs) == set(space.candidates)
+
+
+class SmallOnes:
+    """A forecast by which only the smallest micro-batch fits."""
+
+    def __init__(self, space: Space) -> None:
+        self.surely_too_big = np.array([config.micro_batch_size > 1 for config in space.candidates])
+
+    def of(self, config: TrialConfig) -> Prediction:
+        return Prediction(device_used_bytes=1000 * config.micro_batch_size, deviation=0.1)
+
+
+@pytest.mark.parametrize("sampler", [SamplerName.TPE, SamplerName.RANDOM])
+def test_what_surely_does_not_fit_is_never_proposed(tmp_path: Path, store: SqlStore, sampler: SamplerName) -> None:
+    space = conditional_space(tmp_path, budget={"trials": 1000})
+    study = Study.open(space, store, SmallOnes(space))
+    configs = drive(search_of(study, sampler))
+    assert set(configs) == {config for config in space.candidates if config.micro_batch_size == 1}
+    predictions = {trial.config: trial.prediction for trial in store.trials(space.name)}
+    assert set(predictions.values()) == {Prediction(device_used_bytes=1000, deviation=0.1)}
+    # What was predicted then stands, whatever a later forecast says.
+    again = Study.open(space, store)
+    assert again.prediction(configs[0]) == predictions[configs[0]]
+    assert len(again.ledger.errors) == again.counts.complete
 
 
 @pytest.mark.parametrize("sampler", list(SamplerName))

@@ -1,0 +1,47 @@
+"""The ledger: how predictions stand against what trials showed."""
+
+import pytest
+
+from autotune.results import Result, ledger
+from autotune.spec.config import TrialConfig
+from autotune.spec.outcome import FailureKind, Outcome
+from autotune.spec.prediction import Prediction
+from tests.samples import MIB, failure, measurement
+
+
+def a_config(size: int) -> TrialConfig:
+    return TrialConfig(engine="pytorch", gpus=1, micro_batch_size=size, sequence_length=8)
+
+
+def rows(*pairs: tuple[int, Outcome]) -> tuple[list[Result], dict[TrialConfig, Prediction]]:
+    results = [Result(n, a_config(n), outcome) for n, (_, outcome) in enumerate(pairs, 1)]
+    predictions = {
+        a_config(n): Prediction(device_used_bytes=size * MIB, deviation=0.01) for n, (size, _) in enumerate(pairs, 1)
+    }
+    return results, predictions
+
+
+def test_errors_are_of_measured_trials_with_their_sign() -> None:
+    results, predictions = rows((44, measurement()), (38, measurement()), (50, failure(FailureKind.CRASH)))
+    found = ledger(results, predictions, 56 * MIB)
+    assert found.errors == pytest.approx((0.1, -0.05))
+    assert found.largest_error == pytest.approx(0.1)
+    assert found.median_error == pytest.approx(0.075)
+    assert found.surprises == ()
+
+
+def test_a_surprise_did_not_fit_though_it_should_have() -> None:
+    results, predictions = rows(
+        (40, failure()),  # predicted to fit, out of memory
+        (60, failure()),  # as predicted
+        (40, measurement(used_bytes=57 * MIB)),  # no headroom left
+        (40, measurement(retries=1)),  # at the limit
+        (60, measurement()),  # better than predicted
+    )
+    assert ledger(results, predictions, 56 * MIB).surprises == (1, 3, 4)
+
+
+def test_without_predictions_there_is_nothing_to_say() -> None:
+    results, _ = rows((40, measurement()))
+    found = ledger(results, {}, 56 * MIB)
+    assert (found.errors, found.largest_error, found.median_error) == ((), 0.0, 0.0)
