@@ -71,9 +71,17 @@ class Plan:
         return self.device_used_bytes * margin > self.space.usable_bytes
 
     def smallest(self, count: int) -> list[int]:
-        """Indexes of the candidates that need least, the least first; only of those that fit."""
-        order = np.argsort(self.device_used_bytes, kind="stable")[:count]
-        return [int(at) for at in order if self.fits[at]]
+        """Indexes of the candidates that fit and need least, the least first.
+
+        Of those that differ only in precision, attention and DeepSpeed keys, the one that needs least.
+        """
+        kinds = np.zeros(len(self.device_used_bytes), np.int64)
+        for axis, values in self.space.axes.items():
+            if len(values) > 1 and axis not in ("precision", "attention") and not axis.startswith("deepspeed."):
+                kinds = kinds * (len(values) + 1) + self.space.columns[axis] + 1
+        order = np.argsort(self.device_used_bytes, kind="stable")
+        _, firsts = np.unique(kinds[order], return_index=True)
+        return [int(at) for at in order[np.sort(firsts)] if self.fits[at]][:count]
 
     def of(self, config: TrialConfig) -> Prediction | None:
         """What is predicted of one config; None where nothing is, or where the plan does not know it."""
