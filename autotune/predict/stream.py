@@ -33,7 +33,7 @@ PARTS: tuple[Part, ...] = tuple(Part)
 TRACED_LAYERS = 3
 """The first, the last, and one between, of which the second trace must have two."""
 
-MIDDLE = 1
+_MIDDLE = 1
 
 MAX_WHOLE_LAYERS = 6
 """A model no deeper is traced as it is."""
@@ -50,16 +50,6 @@ class Change(NamedTuple):
     bytes: int
     """Positive: allocated. Negative: freed."""
     part: Part
-    block: int = 0
-    """A number for what is allocated and later freed. Only a replay through the allocator asks for it."""
-
-
-class Standing(NamedTuple):
-    """A block that lives before the first micro-step."""
-
-    block: int
-    bytes: int
-    part: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +64,6 @@ class Trace:
     segments: dict[Key, tuple[Change, ...]]
     """In order of time. Each micro-step has `before`, every `forward`, `between`, every `backward`, `after`, and the
     last one `update`."""
-    standing_blocks: tuple[Standing, ...] = ()
-    """What `standing` consists of, in the order of allocation."""
 
 
 QUANTITIES = 4
@@ -83,10 +71,6 @@ QUANTITIES = 4
 TRACED_LENGTH, CHECKED_LENGTH = 251, 509
 TRACED_BATCH, CHECKED_BATCH = 13, 17
 """Primes that are no factor of usual widths, numbers of heads or vocabularies."""
-
-
-REPLAYED_TOKENS = (1024, 4096, 16384)
-"""In a micro-batch: where reserved memory is known (`reserved.py`)."""
 
 
 def quantities(micro_batch_size: NDArray[np.int64], sequence_length: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -291,27 +275,27 @@ class Structure:
     def _repeats(self, key: Key, more: int) -> Iterator[int]:
         """How often the segment's template is applied, as one or two runs."""
         yield 1
-        if key[1] in ("forward", "backward") and key[2] == MIDDLE and more:
+        if key[1] in ("forward", "backward") and key[2] == _MIDDLE and more:
             yield more
 
 
 def _template(changes: Sequence[Change], trace: Trace) -> Template:
     """The lines of one segment, without growth."""
-    lines = np.array([line(change.bytes, trace) for change in changes]).reshape(len(changes), QUANTITIES)
+    lines = np.array([_line(change.bytes, trace) for change in changes]).reshape(len(changes), QUANTITIES)
     parts = np.array([PARTS.index(change.part) for change in changes], np.int64)
     return Template(lines, np.zeros(len(changes)), parts)
 
 
-def line(size: int, trace: Trace) -> list[float]:
-    """Bytes for one of each quantity; a size is made of one of them."""
+def _line(size: int, trace: Trace) -> list[float]:
+    """The one quantity that the size is made of."""
     batch, length = trace.micro_batch_size, trace.sequence_length
-    sizes = [0.0] * QUANTITIES
+    line = [0.0] * QUANTITIES
     for quantity, value in ((3, batch * length**2), (2, batch * length), (1, length), (0, 1)):
         # With one sequence, positions and tokens are the same number; what is counted is then tokens.
         if size % value == 0 and size:
-            sizes[quantity] = size / value
+            line[quantity] = size / value
             break
-    return sizes
+    return line
 
 
 def _with_growth(
@@ -323,9 +307,9 @@ def _with_growth(
     if kind not in ("forward", "backward"):
         return _aligned(key, template, expected, changes, deeper.segments[key])
     # The deeper model's last layer is the shallow one's last.
-    if not _is_like(deeper.segments[micro_step, kind, layer + (layer > MIDDLE)], expected):
+    if not _is_like(deeper.segments[micro_step, kind, layer + (layer > _MIDDLE)], expected):
         raise StructureError(f"a change in {_name(key)} is no line in batch and length")
-    if layer == MIDDLE and not _is_like(deeper.segments[micro_step, kind, layer + 1], expected):
+    if layer == _MIDDLE and not _is_like(deeper.segments[micro_step, kind, layer + 1], expected):
         raise StructureError(f"{_name((micro_step, kind, layer + 1))} is not like that of the layer before")
     return template
 

@@ -180,10 +180,10 @@ def record_trace(
         for boundary in [False] * (steps - 1) + [True]:
             trial.run([boundary], _naming(engine, recorder, marks.on_phase))
             recorder.name_all(_by_part(engine))
-        lasting, segments, blocks = recorder.end()
+        lasting, segments = recorder.end()
     for part, size in lasting.items():
         standing[part] = standing.get(part, 0) + size
-    return Trace(layers, micro_batch_size, sequence_length, standing, segments, blocks)
+    return Trace(layers, micro_batch_size, sequence_length, standing, segments)
 
 
 @contextmanager
