@@ -1,4 +1,4 @@
-"""`Plan`: the memory that every legal candidate of a search space will need, without a device.
+"""`Plan`: what every legal candidate of a search space will need and how fast it should be, without a device.
 
 Candidates are predicted in columns. A structure (`autotune.predict.memory`) is traced once, and tells all candidates
 that differ in batch alone. DeepSpeed keys would multiply the structures; what a value of a key adds or saves is traced
@@ -21,8 +21,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.errors import NothingFeasibleError
+from autotune.errors import InvalidModelError, NothingFeasibleError, UnknownHardwareError
 from autotune.predict.memory import context_bytes, deviation, is_traced, predict_memory, stream, structures
+from autotune.predict.shape import read_shape
+from autotune.predict.step import StepTimes
+from autotune.predict.throughput import Trials, predict_trials
 from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.prediction import MemoryPrediction, Prediction
@@ -53,6 +56,10 @@ class Plan:
     """Why candidates cannot be predicted, and how many."""
     baseline: Prediction | None
     """Of the file's baseline, which need not be among the candidates."""
+    times: StepTimes | None
+    """Of the candidates; None where they are not known."""
+    untimed: str | None
+    """Why they are not."""
 
     @property
     def fits(self) -> NDArray[np.bool_]:
@@ -71,15 +78,24 @@ class Plan:
         return self.device_used_bytes * margin > self.space.usable_bytes
 
     def smallest(self, count: int) -> list[int]:
-        """Indexes of the candidates that fit and need least, the least first.
+        """Indexes of the candidates that fit and need least, the least first, the best of each kind.
 
-        Of those that differ only in precision, attention and DeepSpeed keys, the one that needs least.
+        A kind is what differs only in precision, attention and DeepSpeed keys.
         """
+        return self._best(self.device_used_bytes, count)
+
+    def fastest(self, count: int) -> list[int]:
+        """Indexes of the candidates that fit and should be fastest, the fastest first, the best of each kind; none
+        where times are not known.
+        """
+        return [] if self.times is None else self._best(-self.times.tokens_per_second_per_gpu, count)
+
+    def _best(self, cost: NDArray[np.float64], count: int) -> list[int]:
         kinds = np.zeros(len(self.device_used_bytes), np.int64)
         for axis, values in self.space.axes.items():
             if len(values) > 1 and axis not in ("precision", "attention") and not axis.startswith("deepspeed."):
                 kinds = kinds * (len(values) + 1) + self.space.columns[axis] + 1
-        order = np.argsort(self.device_used_bytes, kind="stable")
+        order = np.argsort(np.where(self.fits, cost, np.inf), kind="stable")
         _, firsts = np.unique(kinds[order], return_index=True)
         return [int(at) for at in order[np.sort(firsts)] if self.fits[at]][:count]
 
@@ -94,7 +110,9 @@ class Plan:
         if np.isnan(self.device_used_bytes[at]):
             return None
         return Prediction(
-            device_used_bytes=round(float(self.device_used_bytes[at])), deviation=float(self.deviations[at])
+            device_used_bytes=round(float(self.device_used_bytes[at])),
+            deviation=float(self.deviations[at]),
+            tokens_per_second_per_gpu=None if self.times is None else self.times.at(at).tokens_per_second_per_gpu,
         )
 
 
@@ -109,11 +127,37 @@ def plan_memory(space: Space, on_traced: OnTraced = lambda done, total: None) ->
     added, uncertain, moved = effects.added(reasons)
     used = peaks + added
     deviations = np.hypot(np.hypot(deviation(space.cluster), KEY_DEVIATION * moved), uncertain / used)
+    times, untimed = _times(space)
     stated = None
     if baseline is not None and not any(name in reasons for name in _structures(space, baseline)):
         whole = predict_memory(baseline, space.model, space.workload, space.cluster)
-        stated = Prediction(device_used_bytes=whole.device_used_bytes, deviation=whole.deviation)
-    return Plan(space, used, deviations, unpredicted, stated)
+        stated = Prediction(
+            device_used_bytes=whole.device_used_bytes,
+            deviation=whole.deviation,
+            tokens_per_second_per_gpu=None if times is None else _speed(space, baseline),
+        )
+    return Plan(space, used, deviations, unpredicted, stated, times, untimed)
+
+
+def _times(space: Space) -> tuple[StepTimes | None, str | None]:
+    """Step times of the candidates, or why they are not known."""
+    if space.cluster.device == "cpu":
+        return None, "how fast this machine's processors are is not known"
+    try:
+        shape = read_shape(space.model.name, space.model.config)
+        if len(set(shape.layers)) > 1:
+            return None, f"times are predicted for dense models with equal layers, which {space.model.name} is not"
+        trials, kinds = Trials.of_candidates(space, shape)
+        return predict_trials(shape, trials, space.cluster).of(kinds), None
+    except (InvalidModelError, UnknownHardwareError) as error:
+        return None, str(error)
+
+
+def _speed(space: Space, config: TrialConfig) -> float:
+    """Tokens per second and GPU of one config of a space whose times are known."""
+    shape = read_shape(space.model.name, space.model.config)
+    times = predict_trials(shape, Trials.of([config], space.workload, shape), space.cluster)
+    return times.at(0).tokens_per_second_per_gpu
 
 
 def require_feasible(plan: Plan) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autotune.predict.kernels import Values
 from autotune.predict.network import Counts, Group, Network
@@ -60,6 +61,15 @@ class StepTimes:
     def model_flops_utilization(self) -> Values:
         """0..1, of the dense peak of the precision."""
         return self.tokens_per_second_per_gpu * self.flops_per_token / self.peak_flops
+
+    def of(self, which: NDArray[np.int64]) -> "StepTimes":
+        """Those at some indexes, as often as they are named."""
+        return StepTimes(
+            {part: seconds[which] for part, seconds in self.parts.items()},
+            self.tokens_per_gpu[which],
+            self.flops_per_token[which],
+            self.peak_flops[which],
+        )
 
     def at(self, index: int) -> TimePrediction:
         """One candidate."""

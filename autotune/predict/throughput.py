@@ -20,7 +20,7 @@ Sources: torch/distributed/fsdp/_fully_shard, DeepSpeed runtime/zero/stage_1_and
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,7 @@ from autotune.predict.step import (
     in_buckets,
     stretch,
 )
+from autotune.space.space import Space
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.workload import Workload
@@ -108,6 +109,45 @@ class Trials:
                 [dict(config.deepspeed).get(overlap, config.zero_stage == 3) for config in configs], bool
             ),
         )
+
+    @classmethod
+    def of_candidates(cls, space: Space, shape: DecoderShape) -> tuple[Self, NDArray[np.int64]]:
+        """Columns of those candidates of a space that can differ in time, and which of them each candidate is like."""
+        overlap = "deepspeed.zero_optimization.overlap_comm"
+        columns = {
+            axis: at for axis, at in space.columns.items() if not axis.startswith("deepspeed.") or axis == overlap
+        }
+        code = np.zeros(len(space.candidates), np.int64)
+        for axis, at in columns.items():
+            code = code * (len(space.axes[axis]) + 1) + at + 1
+        _, firsts, kinds = np.unique(code, return_index=True, return_inverse=True)
+
+        def values(axis: str) -> NDArray[Any]:
+            found: NDArray[Any] = np.array(space.axes[axis])[columns[axis][firsts]]
+            return found
+
+        gpus, batch = values("gpus").astype(np.int64), values("micro_batch_size").astype(np.int64)
+        layers, checkpointing = len(shape.layers), values("activation_checkpointing")
+        every = np.where(checkpointing == "selective", values("selective_every"), layers)
+        selected = np.where(checkpointing == "selective", np.ceil(layers / every) / layers, 0.0)
+        zero_stage = values("zero_stage").astype(np.int64)
+        overlaps = zero_stage == 3
+        if overlap in columns:
+            overlaps = np.where(columns[overlap][firsts] >= 0, values(overlap).astype(bool), overlaps)
+        trials = cls(
+            engine=values("engine"),
+            precision=values("precision"),
+            attention=values("attention"),
+            offload=values("offload"),
+            gpus=gpus,
+            zero_stage=zero_stage,
+            micro_batch=batch,
+            accumulation=space.workload.global_batch_size // (batch * gpus),
+            length=np.full(len(gpus), space.file.workload.sequence_length, np.int64),
+            recomputed=np.where(checkpointing == "full", 1.0, selected),
+            overlaps=overlaps,
+        )
+        return trials, kinds
 
     def __getitem__(self, chosen: NDArray[np.bool_]) -> "Trials":
         return Trials(*(getattr(self, field.name)[chosen] for field in fields(self)))

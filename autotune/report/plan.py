@@ -17,10 +17,12 @@ from autotune.report.terminal import headline
 from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.prediction import MemoryPrediction
-from autotune.units import format_bytes
+from autotune.units import format_bytes, format_rate
 
 ROW_AXES = ("gpus", "engine", "zero_stage", "offload", "precision")
 BAR_WIDTH = 24
+UNCALIBRATED = "Speeds are not calibrated on this cluster: the order is meant, the figures may be off by 10 to 40 %."
+"""Median errors by source in `benchmarks/foreign.py --only time`."""
 
 
 class Fit(NamedTuple):
@@ -40,9 +42,17 @@ def plan_view(plan: Plan) -> RenderableType:
     if reasons:
         parts += [Text(), Text("What does not fit at any micro-batch, at its smallest:", "bold"), *reasons]
     parts += [Text(), *_refusals(space)]
-    smallest = plan.smallest(10)
-    if smallest:
-        parts += [Text(), Text("The candidates that need least:", "bold"), _smallest_table(plan, smallest)]
+    if smallest := plan.smallest(10):
+        parts += [Text(), Text("The candidates that need least, one of each kind:", "bold"), _table(plan, smallest)]
+    if fastest := plan.fastest(10):
+        parts += [
+            Text(),
+            Text("Those that fit and should be fastest, one of each kind:", "bold"),
+            _table(plan, fastest),
+            Text(UNCALIBRATED, "dim"),
+        ]
+    elif plan.untimed:
+        parts += [Text(), Text(f"How fast candidates are is not predicted: {plan.untimed}.", "dim")]
     return Group(*parts)
 
 
@@ -69,7 +79,9 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             "config": baseline.to_dict(),
             "device_used_bytes": None if plan.baseline is None else plan.baseline.device_used_bytes,
         },
-        "top": [_top_document(plan, at) for at in plan.smallest(10)],
+        "ranked_by": "memory" if plan.times is None else "tokens_per_second_per_gpu",
+        "top": [_top_document(plan, at) for at in plan.fastest(10) or plan.smallest(10)],
+        "smallest": [_top_document(plan, at) for at in plan.smallest(10)],
     }
 
 
@@ -270,22 +282,38 @@ def _refusals(space: Space) -> Iterable[Text]:
         yield Text(f"         and {len(space.illegal) - 5} further reasons", "dim")
 
 
-def _smallest_table(plan: Plan, indexes: Sequence[int]) -> Table:
+def _table(plan: Plan, indexes: Sequence[int]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
+    if plan.times is not None:
+        table.add_column("tokens/s/GPU", justify="right")
+        table.add_column("of peak", justify="right")
     table.add_column("needs", justify="right")
     table.add_column("of which")
     table.add_column("config")
     for at in indexes:
         config = plan.space.candidates[at]
         memory = predict_memory(config, plan.space.model, plan.space.workload, plan.space.cluster)
-        table.add_row(format_bytes(memory.device_used_bytes), _largest_parts(memory, 2), Text(config.describe()))
+        speed = []
+        if plan.times is not None:
+            time = plan.times.at(at)
+            speed = [f"{format_rate(time.tokens_per_second_per_gpu)}"]
+            speed += [f"{time.model_flops_utilization:.0%}"]
+        needs = [format_bytes(memory.device_used_bytes), _largest_parts(memory, 2)]
+        table.add_row(*speed, *needs, Text(config.describe()))
     return table
 
 
 def _top_document(plan: Plan, at: int) -> dict[str, Any]:
     config = plan.space.candidates[at]
     memory = predict_memory(config, plan.space.model, plan.space.workload, plan.space.cluster)
-    return {"config": config.to_dict(), **_memory_document(memory, plan.space.usable_bytes)}
+    time = None if plan.times is None else plan.times.at(at)
+    return {
+        "config": config.to_dict(),
+        **_memory_document(memory, plan.space.usable_bytes),
+        "tokens_per_second_per_gpu": None if time is None else round(time.tokens_per_second_per_gpu, 1),
+        "step_time_seconds": None if time is None else round(time.step_time_seconds, 4),
+        "model_flops_utilization": None if time is None else round(time.model_flops_utilization, 4),
+    }
 
 
 def _memory_document(memory: MemoryPrediction, usable: float) -> dict[str, Any]:

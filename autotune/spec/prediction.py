@@ -63,6 +63,8 @@ class Prediction:
     """Peak of the fullest rank, of the device, everything."""
     deviation: float
     """Standard deviation of `device_used_bytes`, as a ratio of it."""
+    tokens_per_second_per_gpu: float | None = None
+    """None where the hardware's speed is not known."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` reads it back."""

@@ -13,10 +13,13 @@ from autotune.errors import NothingFeasibleError
 from autotune.predict import plan as planning
 from autotune.predict.memory import predict_memory
 from autotune.predict.plan import SURE, Plan, explain, plan_memory, require_feasible, trace_structures
-from autotune.space.space import Space
+from autotune.predict.shape import read_shape
+from autotune.predict.throughput import Trials, predict_trials
+from autotune.space.space import Space, load_space
 from autotune.spec.prediction import MemoryPrediction
 from tests.samples import sample_space
 
+SPACES = Path(__file__).parents[2] / "search_spaces"
 BUCKETS = {
     "zero_optimization.reduce_bucket_size": [20_000, 200_000],
     "zero_optimization.allgather_bucket_size": [20_000, 400_000],
@@ -115,7 +118,7 @@ def test_an_impossible_structure_is_a_reason_and_not_an_error() -> None:
 
 def a_plan(space: Space, used: float) -> Plan:
     count = len(space.candidates)
-    return Plan(space, np.full(count, used), np.full(count, 0.002), Counter(), None)
+    return Plan(space, np.full(count, used), np.full(count, 0.002), Counter(), None, None, None)
 
 
 def test_a_study_without_a_chance_is_refused_before_it_starts(tmp_path: Path) -> None:
@@ -152,3 +155,40 @@ def test_an_illegal_lever_says_why(tmp_path: Path) -> None:
     assert stage.memory is None
     assert stage.reason is not None
     assert "zero_stage 1 does not exist" in stage.reason
+
+
+def test_candidates_are_timed_in_columns_as_one_by_one() -> None:
+    space = load_space(SPACES / "qwen3-32b-sft-8xh100.yaml")
+    times, reason = planning._times(space)
+    assert reason is None
+    assert times is not None
+    shape = read_shape(space.model.name, space.model.config)
+    some = list(range(0, len(space.candidates), 37))
+    singly = predict_trials(
+        shape, Trials.of([space.candidates[at] for at in some], space.workload, shape), space.cluster
+    )
+    assert times.of(np.array(some)).step_seconds == pytest.approx(singly.step_seconds)
+    assert planning._speed(space, space.candidates[5]) == pytest.approx(times.at(5).tokens_per_second_per_gpu)
+
+
+def test_the_fastest_are_among_those_that_fit_and_of_different_kinds() -> None:
+    space = load_space(SPACES / "qwen3-32b-sft-8xh100.yaml")
+    times, _ = planning._times(space)
+    used = np.array([float(config.micro_batch_size) for config in space.candidates]) * space.usable_bytes / 4
+    plan = Plan(space, used, np.full(len(used), 0.06), Counter(), None, times, None)
+    best = [space.candidates[at] for at in plan.fastest(10)]
+    assert len(best) == 10
+    assert {config.micro_batch_size for config in best} <= {1, 2, 4}
+    kinds = {(c.engine, c.zero_stage, c.offload, c.activation_checkpointing, c.micro_batch_size) for c in best}
+    assert len(kinds) == 10
+    speeds = [times.at(at).tokens_per_second_per_gpu for at in plan.fastest(10)]  # type: ignore[union-attr]
+    assert speeds == sorted(speeds, reverse=True)
+    prediction = plan.of(best[0])
+    assert prediction is not None
+    assert prediction.tokens_per_second_per_gpu == speeds[0]
+
+
+def test_processors_are_not_timed(tmp_path: Path) -> None:
+    times, reason = planning._times(sample_space(tmp_path, search=PLAIN))
+    assert times is None
+    assert "processors" in str(reason)
