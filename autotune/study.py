@@ -216,6 +216,11 @@ class Study:
         return config in self._outcomes or config in self._again
 
     @property
+    def unsettled(self) -> list[TrialConfig]:
+        """Configs that run, or wait to be run again."""
+        return [attempt.config for attempt in self._running.values()] + list(self._again)
+
+    @property
     def known_count(self) -> int:
         """How many configs `known` knows, at most."""
         return len(self._outcomes) + len(self._again)

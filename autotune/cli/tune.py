@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Sampler(StrEnum):
     """What `--sampler` takes; `autotune.search.samplers` builds them."""
 
+    PLAN = "plan"
     TPE = "tpe"
     GP = "gp"
     RANDOM = "random"
@@ -39,7 +40,7 @@ def tune(
     address: Annotated[
         str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster; without it, one is started here.")
     ] = None,
-    sampler: Annotated[Sampler, typer.Option(help="Who proposes the next config.")] = Sampler.TPE,
+    sampler: Annotated[Sampler, typer.Option(help="Who proposes the next config.")] = Sampler.PLAN,
     launcher: Annotated[Launcher, typer.Option(help="Who starts a trial's processes.")] = Launcher.POOL,
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     as_json: JsonOption = False,
@@ -92,7 +93,7 @@ def tune(
         with Progress(study, talk) as progress:
             study.observers += [progress, StudyMetrics(study)]
             try:
-                run_study(study, SamplerName(sampler), folder / "logs", seed, LauncherName(launcher))
+                run_study(study, SamplerName(sampler), folder / "logs", seed, LauncherName(launcher), plan)
             except (KeyboardInterrupt, StoreError):
                 if lease.lost:
                     raise _taken_over(study) from None

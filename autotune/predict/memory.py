@@ -4,14 +4,16 @@ A structure is all of a config that shapes the step: the engine, its settings, t
 only scale it, and so does depth where layers repeat. A structure is traced once, in a few seconds, and kept on disk.
 
 What is predicted is exact for a CPU, where live tensors are the memory (`benchmarks/memory_cpu.py`). On a GPU it is a
-hypothesis until measured there: kernels differ in what they save, and `CONTEXT` and fragmentation are estimates.
+hypothesis until measured there: kernels differ in what they save, and `CONTEXT` and `FRAGMENTATION` are estimates.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 
 import autotune
 from autotune.predict import device
-from autotune.predict.stream import SitedStream, Stream
+from autotune.predict.stream import SitedStream, Stream, fragmentation_bytes
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
@@ -30,17 +32,24 @@ from autotune.spec.workload import Workload
 CPU_DEVIATION = 0.004
 """A ratio: the largest error over the demo space, on either engine."""
 GPU_DEVIATION = 0.06
-"""A ratio. No measurement stands behind it yet: it covers fragmentation, which is not predicted, and other kernels."""
+"""A ratio. No measurement stands behind it yet: it covers other kernels, and what a replay does not see of
+fragmentation.
+"""
 
 _SOURCES = (
     "engines/*.py",
     "modeling/*.py",
     "formats/deepspeed_json.py",
+    "predict/allocator.py",
     "predict/fake.py",
     "predict/record.py",
+    "predict/reserved.py",
     "predict/stream.py",
     "predict/trace.py",
 )
+_DEFAULT_WINDOWS = dict.fromkeys(("mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text"), 4096)
+"""Positions, by model_type: the sliding window where a config names none. Source: transformers, configuration_*.py."""
+_NARROW, _WIDE = 1, 2**30
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 
 
@@ -68,10 +77,13 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
         )
     host = parts.pop(Part.HOST, 0) * min(config.gpus, cluster.gpus_per_node)
     allocated = sum(parts.values())
+    unused = round(float(fragmentation_bytes(fullest, batch, length, cluster.device)[0]))
+    if unused:
+        parts[Part.FRAGMENTATION] = unused
     parts[Part.CONTEXT] = context_bytes(config, cluster)
     return MemoryPrediction(
         allocated_bytes=allocated,
-        reserved_bytes=allocated,
+        reserved_bytes=allocated + unused,
         device_used_bytes=sum(parts.values()),
         host_bytes=host,
         breakdown=parts,
@@ -87,7 +99,8 @@ def rank_streams(model: ModelSpec, config: TrialConfig, *, accumulates: bool) ->
 def structures(model: ModelSpec, config: TrialConfig, *, accumulates: bool) -> tuple[str, ...]:
     """What has to be traced for a config: the first rank's structure, and the last's where partitions are uneven.
 
-    Configs with equal structures differ only in batch and length.
+    Configs with equal structures differ only in batch and length. Of a length it counts whether a sliding window is
+    shorter.
     """
     uneven = config.engine == "deepspeed" and config.zero_stage in (1, 2)
     ranks = {0, config.gpus - 1} if uneven else {0}
@@ -126,7 +139,7 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     fields["attention"] = "sdpa" if config.attention == "flash_attention_2" else config.attention
     return json.dumps(
         {
-            "model": {"name": model.name, "config": model.config},
+            "model": {"name": model.name, "config": _with_window(model.config, config)},
             "config": fields,
             "accumulates": accumulates,
             "rank": rank,
@@ -134,6 +147,21 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
         },
         sort_keys=True,
     )
+
+
+def _with_window(model: dict[str, Any], config: TrialConfig) -> dict[str, Any]:
+    """The model's config with a sliding window that any traced length is to the same side of.
+
+    With sdpa, transformers makes a mask only where a sequence is as long as the window (masking_utils.py,
+    `_ignore_causal_mask_sdpa`), of the same size whatever the window. Eager attention always has a mask, a flash
+    kernel never.
+    """
+    kind = str(model.get("model_type"))
+    window = model.get("sliding_window", _DEFAULT_WINDOWS.get(kind))
+    if not window or (kind.startswith("qwen") and not model.get("use_sliding_window")):
+        return model
+    masked = config.attention == "sdpa" and config.sequence_length >= window
+    return model | {"sliding_window": _NARROW if masked else _WIDE}
 
 
 @functools.cache
@@ -158,7 +186,7 @@ def stream(structure: str) -> Stream | SitedStream:
     try:
         with np.load(file, allow_pickle=False) as stored:
             return _from_arrays(stored)
-    except (OSError, ValueError, KeyError):  # not there, or cut off by a full disk
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or cut off by a full disk
         pass
     from autotune.predict.trace import trace_stream  # torch, transformers and the engine: not for what is on disk
 
@@ -182,7 +210,8 @@ def _keep(file: Path, stream: Stream | SitedStream) -> None:
         np.savez(fresh, **dict(_arrays(stream)))
         fresh.replace(file)
     except OSError:  # a home that cannot be written costs time, nothing else
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink()
 
 
 def _arrays(stream: Stream | SitedStream) -> Iterable[tuple[str, Any]]:
@@ -191,6 +220,6 @@ def _arrays(stream: Stream | SitedStream) -> Iterable[tuple[str, Any]]:
 
 def _from_arrays(stored: Any) -> Stream | SitedStream:
     if "live" in stored:
-        return Stream(stored["live"])
+        return Stream(stored["live"], stored["fragmentation"])
     arrays: dict[str, Any] = {name: stored[name] for name in SitedStream.__dataclass_fields__}
     return SitedStream(**{**arrays, "steps": float(arrays["steps"])})

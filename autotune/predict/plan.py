@@ -25,6 +25,7 @@ from autotune.errors import InvalidModelError, NothingFeasibleError, UnknownHard
 from autotune.predict.memory import context_bytes, deviation, is_traced, predict_memory, stream, structures
 from autotune.predict.shape import read_shape
 from autotune.predict.step import StepTimes
+from autotune.predict.stream import fragmentation_bytes
 from autotune.predict.throughput import Trials, predict_trials
 from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import Scalar, TrialConfig
@@ -318,8 +319,12 @@ def _peak_bytes(
 ) -> NDArray[np.float64]:
     """Device bytes at each batch size (batches,), of the fullest rank."""
     length = np.full(len(batches), example.sequence_length)
-    ranks = [stream(name).peak_bytes(batches, length, space.cluster.device) for name in names]
-    peaks: NDArray[np.float64] = np.max(ranks, axis=0) + context_bytes(example, space.cluster)
+    device = space.cluster.device
+    streams = [stream(name) for name in names]
+    live = np.stack([ranks.peak_bytes(batches, length, device) for ranks in streams])
+    kept = np.stack([fragmentation_bytes(ranks, batches, length, device) for ranks in streams])
+    fullest = live.argmax(axis=0), np.arange(len(batches))
+    peaks: NDArray[np.float64] = live[fullest] + kept[fullest] + context_bytes(example, space.cluster)
     return peaks
 
 

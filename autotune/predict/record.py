@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
 from autotune.modeling.memory_tracker import MemoryTracker
-from autotune.predict.stream import Change, Key, Kind
+from autotune.predict.stream import Change, Key, Kind, Standing
 from autotune.spec.prediction import Part
 
 _COLLECTIVES = ("c10d", "fsdp", "resize_")
@@ -39,6 +39,7 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
         self._numbers: dict[int, int] = {}  # storage -> block
         self._ends: dict[Key, int] = {}  # segment -> changes up to its end
         self._key: Key | None = None
+        self._standing: dict[int, int] = {}  # block -> bytes
 
     def begin(self, standing: Mapping[Part, Iterable[torch.Tensor]]) -> dict[Part, int]:
         """Start recording; what lives now is standing.
@@ -62,6 +63,7 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
         if rest:
             sizes[Part.BUFFERS] = sizes.get(Part.BUFFERS, 0) + rest
         self._blocks.clear()
+        self._standing = {self._numbers[key]: size for key, size in self._storages.items() if size}
         return sizes
 
     def enter(self, micro_step: int, kind: Kind, layer: int = 0) -> None:
@@ -79,13 +81,13 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
                     if number is not None:
                         self._parts[number] = part
 
-    def end(self) -> tuple[dict[Part, int], dict[Key, tuple[Change, ...]]]:
+    def end(self) -> tuple[dict[Part, int], dict[Key, tuple[Change, ...]], tuple[Standing, ...]]:
         """Stop recording.
 
         Returns:
             Bytes of each part by which memory changed for good: what was made and kept, such as optimizer states, less
-            what lived before and was given up. And the changes without those, as a later step has them, which begins
-            with what the first one left.
+            what lived before and was given up. The changes without those, as a later step has them, which begins with
+            what the first one left. And the blocks that live when it begins.
         """
         self.enter(-1, "after")
         self._resize_doubles()
@@ -104,10 +106,12 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
                 part = self._parts[block]
                 if block in lasting:
                     sizes[part] = sizes.get(part, 0) + size
+                    self._standing[block] = self._standing.get(block, 0) + size
                 else:
-                    kept.append(Change(operator, size, part))
+                    kept.append(Change(operator, size, part, block))
             found[key], begin = tuple(kept), end
-        return sizes, found
+        standing = (Standing(block, size, self._parts[block]) for block, size in self._standing.items() if size)
+        return sizes, found, tuple(standing)
 
     def _resize_doubles(self) -> None:
         sizes = [size for _, size, block in self._blocks if block in self._doubles]

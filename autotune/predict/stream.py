@@ -13,7 +13,7 @@ through a second trace, of another batch, length and depth, and those of the lay
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ PARTS: tuple[Part, ...] = tuple(Part)
 TRACED_LAYERS = 3
 """The first, the last, and one between, of which the second trace must have two."""
 
-_MIDDLE = 1
+MIDDLE = 1
 
 MAX_WHOLE_LAYERS = 6
 """A model no deeper is traced as it is."""
@@ -50,6 +50,16 @@ class Change(NamedTuple):
     bytes: int
     """Positive: allocated. Negative: freed."""
     part: Part
+    block: int = 0
+    """A number for what is allocated and later freed. Only a replay through the allocator asks for it."""
+
+
+class Standing(NamedTuple):
+    """A block that lives before the first micro-step."""
+
+    block: int
+    bytes: int
+    part: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,8 @@ class Trace:
     segments: dict[Key, tuple[Change, ...]]
     """In order of time. Each micro-step has `before`, every `forward`, `between`, every `backward`, `after`, and the
     last one `update`."""
+    standing_blocks: tuple[Standing, ...] = ()
+    """What `standing` consists of, in the order of allocation."""
 
 
 QUANTITIES = 4
@@ -71,6 +83,9 @@ QUANTITIES = 4
 TRACED_LENGTH, CHECKED_LENGTH = 251, 509
 TRACED_BATCH, CHECKED_BATCH = 13, 17
 """Primes that are no factor of usual widths, numbers of heads or vocabularies."""
+REPLAYED_BATCH = 2
+REPLAYED_TOKENS = (1024, 4096, 16384)
+"""Micro-batches for which fragmentation is known (`reserved.py`)."""
 
 
 def quantities(micro_batch_size: NDArray[np.int64], sequence_length: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -91,12 +106,18 @@ class Template:
     """(changes,): index into `PARTS`."""
 
 
+def _none() -> NDArray[np.float64]:
+    return np.zeros(len(REPLAYED_TOKENS))
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """Live memory during a step, at the changes after which it may be highest."""
 
     live: NDArray[np.float64]
     """(changes, parts, QUANTITIES): bytes of each part."""
+    fragmentation: NDArray[np.float64] = field(default_factory=_none)
+    """(points,): bytes reserved beyond the peak, with each of `REPLAYED_TOKENS`."""
 
     @classmethod
     def of(cls, trace: Trace) -> "Stream":
@@ -134,6 +155,8 @@ class SitedStream:
     deep_starts: NDArray[np.int64]
     steps: float
     """The model's depth beyond the shallow trace, in units of the difference between the two traces."""
+    fragmentation: NDArray[np.float64] = field(default_factory=_none)
+    """(points,): as a `Stream`'s, but that of the deeper trace."""
 
     @classmethod
     def between(cls, shallow: Trace, deep: Trace, layers: int, update_share: float = 1.0) -> "SitedStream":
@@ -166,6 +189,24 @@ class SitedStream:
         high = _highest_rows(self.deep @ values, self.deep_starts, counted)
         parts = low + self.steps * (high - low)
         return _named(parts[(parts @ counted).argmax()])
+
+
+def fragmentation_bytes(
+    stream: Stream | SitedStream,
+    micro_batch_size: NDArray[np.int64],
+    sequence_length: NDArray[np.int64],
+    device: Device,
+) -> NDArray[np.float64]:
+    """What the caching allocator reserves beyond the peak (points,); nothing on a CPU.
+
+    A line between the points of the stream. Beyond the last one it grows like what depends on tokens.
+    """
+    tokens = (micro_batch_size * sequence_length).astype(np.float64)
+    if device == "cpu":
+        return np.zeros_like(tokens)
+    beyond = np.maximum(tokens / REPLAYED_TOKENS[-1], 1.0)
+    size: NDArray[np.float64] = beyond * np.interp(tokens, REPLAYED_TOKENS, stream.fragmentation)
+    return size
 
 
 def _counted(device: Device) -> NDArray[np.float64]:
@@ -275,27 +316,27 @@ class Structure:
     def _repeats(self, key: Key, more: int) -> Iterator[int]:
         """How often the segment's template is applied, as one or two runs."""
         yield 1
-        if key[1] in ("forward", "backward") and key[2] == _MIDDLE and more:
+        if key[1] in ("forward", "backward") and key[2] == MIDDLE and more:
             yield more
 
 
 def _template(changes: Sequence[Change], trace: Trace) -> Template:
     """The lines of one segment, without growth."""
-    lines = np.array([_line(change.bytes, trace) for change in changes]).reshape(len(changes), QUANTITIES)
+    lines = np.array([line(change.bytes, trace) for change in changes]).reshape(len(changes), QUANTITIES)
     parts = np.array([PARTS.index(change.part) for change in changes], np.int64)
     return Template(lines, np.zeros(len(changes)), parts)
 
 
-def _line(size: int, trace: Trace) -> list[float]:
-    """The one quantity that the size is made of."""
+def line(size: int, trace: Trace) -> list[float]:
+    """Bytes for one of each quantity; a size is made of one of them."""
     batch, length = trace.micro_batch_size, trace.sequence_length
-    line = [0.0] * QUANTITIES
+    sizes = [0.0] * QUANTITIES
     for quantity, value in ((3, batch * length**2), (2, batch * length), (1, length), (0, 1)):
         # With one sequence, positions and tokens are the same number; what is counted is then tokens.
         if size % value == 0 and size:
-            line[quantity] = size / value
+            sizes[quantity] = size / value
             break
-    return line
+    return sizes
 
 
 def _with_growth(
@@ -307,9 +348,9 @@ def _with_growth(
     if kind not in ("forward", "backward"):
         return _aligned(key, template, expected, changes, deeper.segments[key])
     # The deeper model's last layer is the shallow one's last.
-    if not _is_like(deeper.segments[micro_step, kind, layer + (layer > _MIDDLE)], expected):
+    if not _is_like(deeper.segments[micro_step, kind, layer + (layer > MIDDLE)], expected):
         raise StructureError(f"a change in {_name(key)} is no line in batch and length")
-    if layer == _MIDDLE and not _is_like(deeper.segments[micro_step, kind, layer + 1], expected):
+    if layer == MIDDLE and not _is_like(deeper.segments[micro_step, kind, layer + 1], expected):
         raise StructureError(f"{_name((micro_step, kind, layer + 1))} is not like that of the layer before")
     return template
 

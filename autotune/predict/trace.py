@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from autotune.modeling.build import layer_kinds
 from autotune.predict.fake import fake_trial
 from autotune.predict.record import Recorder
+from autotune.predict.reserved import Event, deep_step_of, fragmentation, step_of
 from autotune.predict.stream import (
     CHECKED_BATCH,
     CHECKED_LENGTH,
@@ -76,7 +77,7 @@ def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, ra
 
     double_bytes = _largest_double_bytes(model, config)
     if depth <= MAX_WHOLE_LAYERS:
-        return Stream.of(record(depth, TRACED_BATCH, TRACED_LENGTH))
+        return _whole(record(depth, TRACED_BATCH, TRACED_LENGTH))
     config, update_share = _all_at_once(model, config)
     period = _period(layer_kinds(model, config.attention))
     by_layer = config.engine == "pytorch" and config.zero_stage > 0  # FSDP2 works on a layer at a time
@@ -85,18 +86,33 @@ def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, ra
         shallow = record(TRACED_LAYERS, TRACED_BATCH, TRACED_LENGTH)
         deeper = record(TRACED_LAYERS + 1, CHECKED_BATCH, CHECKED_LENGTH)
         try:
-            return Structure.fit(shallow, deeper).stream(depth)
+            repeated = Structure.fit(shallow, deeper).stream(depth)
         except StructureError:
             pass
+        else:
+            return replace(repeated, fragmentation=fragmentation(_deep_step(shallow, deeper, depth)))
     # Depths that hold whole periods and the same rest differ by whole periods: the line in depth is then theirs.
     low = _uneven_depth(model, config)
     low += (depth - low) % period
     high = low + period * math.ceil((2 if config.zero_stage == 3 else 4) / period)
     if high >= depth:
-        return Stream.of(record(depth, TRACED_BATCH, TRACED_LENGTH))
+        return _whole(record(depth, TRACED_BATCH, TRACED_LENGTH))
     if shallow is None or low != TRACED_LAYERS:
         shallow = record(low, TRACED_BATCH, TRACED_LENGTH)
-    return SitedStream.between(shallow, record(high, TRACED_BATCH, TRACED_LENGTH), depth, update_share)
+    deep = record(high, TRACED_BATCH, TRACED_LENGTH)
+    carried = SitedStream.between(shallow, deep, depth, update_share)
+    return replace(carried, fragmentation=fragmentation(step_of(deep, update_share)))
+
+
+def _deep_step(shallow: Trace, deeper: Trace, layers: int) -> list[Event]:
+    try:
+        return deep_step_of(shallow, deeper, layers)
+    except StructureError:  # live bytes repeat, blocks do not: the traced depth has to do, as where layers differ
+        return step_of(deeper)
+
+
+def _whole(trace: Trace) -> Stream:
+    return replace(Stream.of(trace), fragmentation=fragmentation(step_of(trace)))
 
 
 def _uneven_depth(model: ModelSpec, config: TrialConfig) -> int:
@@ -180,10 +196,10 @@ def record_trace(
         for boundary in [False] * (steps - 1) + [True]:
             trial.run([boundary], _naming(engine, recorder, marks.on_phase))
             recorder.name_all(_by_part(engine))
-        lasting, segments = recorder.end()
+        lasting, segments, blocks = recorder.end()
     for part, size in lasting.items():
         standing[part] = standing.get(part, 0) + size
-    return Trace(layers, micro_batch_size, sequence_length, standing, segments)
+    return Trace(layers, micro_batch_size, sequence_length, standing, segments, blocks)
 
 
 @contextmanager

@@ -2,14 +2,15 @@
 
 Predictions are the prior, measurements correct them. For every candidate i, with x_i its features,
 
-    log throughput_i = log predicted_i + b + sum_k a_ik·d_k + sum_j m_j(x_ij) + l(x_i) + noise
-    log peak_i       = log predicted peak_i + the same without the second sum, as wide as the memory prediction says
+    log throughput_i = log predicted_i - log(sum_k share_ik·exp(s_k)) + b + sum_j m_j(x_ij) + l(x_i) + noise
+    log peak_i       = log predicted peak_i + b' + sum_j m'_j(x_ij) + l'(x_i) + noise
 
-b is a bias common to all, d_k standard normal unknowns to which the prediction is sensitive by a_ik (a share of the
-step times how far that part's formula may be off), m_j what one axis alone does that the prediction does not know, and
-l what only a combination does; m_j and l are Gaussian processes with squared-exponential kernels. Their widths are
-priors below; marginal likelihood, with a log-normal prior on every multiple, chooses how many times as wide they are
-(Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, chapters 2.2 and 5.4).
+b is a bias common to all; s_k how much longer than predicted one part of every step takes, by its own formula and by
+what parts share, a slow network for one; m_j what one axis alone does that the prediction does not know; and l what
+only a combination does. b and s_k are normal, m_j and l Gaussian processes with squared-exponential kernels. Their
+widths are priors below; marginal likelihood, with a log-normal prior on every multiple, chooses how many times as wide
+they are (Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, chapters 2.2 and 5.4). A throughput that
+all others contradict is doubted by as much as they contradict it.
 
 What ran out of memory needed at least the capacity, what was stopped early is at most as fast as it could still have
 become: one-sided observations, by expectation propagation (the same, section 3.6). What failed for other reasons makes
@@ -17,22 +18,26 @@ its neighbours suspect: a Beta prior, in which a neighbour counts by its kernel.
 
     score = expected improvement x P(fits) x P(runs) / cost
 
-with improvement as a ratio of the best so far (logarithmic, so that scores stay comparable where they are tiny: Ament et
-al., arXiv:2310.20708), and with the throughput itself while nothing was measured. Running trials are taken to come out
-as expected (Ginsbourger et al., "Kriging is well-suited to parallelize optimization", 2010), their success to be as
-probable as it is.
+with improvement as a ratio of the best so far (its logarithm, so that scores stay comparable where they are tiny: Ament
+et al., arXiv:2310.20708), and with the throughput itself while nothing was measured. Running trials are taken to come
+out as expected (Ginsbourger et al., "Kriging is well-suited to parallelize optimization", 2010), their success to be
+as probable as it is.
 
 Left out: noise of the best measurement so far (confirmation is for that), and lookahead over more than one trial.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular  # type: ignore[import-untyped]
 from scipy.special import erfcx, log_ndtr, ndtr  # type: ignore[import-untyped]
+
+from autotune.predict.calibration import PRIOR_DEVIATIONS
+from autotune.predict.roofline import TimePart
 
 Values = NDArray[np.float64]
 Floats = NDArray[np.float32] | NDArray[np.float64]
@@ -43,6 +48,9 @@ BIAS_DEVIATION = 0.3
 """Of the logarithm of all throughputs together: `predict.calibration` has 0.2 to 0.3 for a nominal constant."""
 AXIS_DEVIATION = 0.1
 """Of what one axis does beyond the prediction: what formulas leave out (`predict.calibration.ERROR_DEVIATION`)."""
+PART_DEVIATION = 0.3
+"""Of the logarithm of what one part of a step takes, by its own formula; what parts have in common, a slow network or
+processor, is as uncertain as `predict.calibration` has it."""
 LOCAL_DEVIATION = 0.1
 """Of what a combination does: the same."""
 NOISE_DEVIATION = 0.05
@@ -59,20 +67,30 @@ MULTIPLES = (0.5, 1.0, 2.0, 4.0)
 NOISE_MULTIPLES = (1.0, 3.0)
 MULTIPLE_DEVIATION = 0.7
 """Of the logarithm of a multiple: a width is known to about a factor of two."""
-LEAST_FIT_PROBABILITY = 0.01
-"""What is less likely to fit is not worth a launch."""
+LEAST_FIT_PROBABILITY = 1e-3
+"""What is less likely to fit is not worth a launch, even when nothing else is left."""
 
+_NETWORK = (
+    TimePart.TENSOR_PARALLEL,
+    TimePart.PIPELINE_TRANSFER,
+    TimePart.GRADIENT_REDUCTION,
+    TimePart.PARAMETER_GATHER,
+)
 _BINS = 16
 """Distinct values of a feature that axes' effects tell apart."""
-_FIT_ROWS = 96
+_FIT_ROWS = 64
 """Observations that marginal likelihood looks at."""
+_ROUNDS = 4
+_MOST_ROWS = 256
+"""Observations of throughput that are kept: the best half of them, and evenly of the rest."""
 _SWEEPS = 8
 _DAMPING = 0.8
-_NEAR_ROWS = 192
+_NEAR_ROWS = 128
 """Observations of memory that are kept: those next to the capacity, which decide."""
 _BOUND_ROWS = 48
 """Observations that bound a variance from above: the fewer are known, the larger it is."""
 _CHUNK = 2048
+_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +101,10 @@ class Candidates:
     """(N, D). One unit is as far as a doubling of a size, or one choice from another."""
     throughput: Values
     """(N,) predicted, in any unit; all equal where nothing is predicted."""
-    sensitivities: Values
-    """(N, K): how far the logarithm of the throughput moves for one standard deviation of each unknown."""
+    shares: Values
+    """(N, K) of the parts of the predicted step; K = 0 where it has none."""
+    unknowns: Values
+    """(K, U): by how much the logarithm of what a part takes moves for one standard deviation of each unknown."""
     peak_bytes: Values
     """(N,) predicted."""
     peak_deviation: Values
@@ -106,6 +126,9 @@ class Observed:
     """It cannot be faster: a trial that was stopped."""
     peak_bytes: float | None = None
     """Measured; more than the capacity makes a throughput ineligible."""
+    peak_deviation: float = MEMORY_NOISE
+    """Of the peak as a measure of what is needed, as a ratio. Of reserved bytes it is large: an allocator keeps, while
+    there is room, what it gives back where there is none."""
     ran_out: bool = False
     """It needed at least the capacity."""
     failed: bool = False
@@ -144,19 +167,22 @@ class ExpectedImprovement:
         self._given = candidates
         self._features = np.asarray(candidates.features, np.float32)
         axes = _axis_columns(candidates.features)
-        count = len(candidates.throughput)
-        bias = np.ones((count, 1))
-        self._time = _Prior(
-            np.hstack([BIAS_DEVIATION * bias, candidates.sensitivities]),
+        count, width = len(candidates.throughput), candidates.peak_deviation
+        self._time = _Model(
+            np.full(count, BIAS_DEVIATION),
+            candidates.shares,
+            candidates.unknowns,
             AXIS_DEVIATION * axes,
             np.full(count, LOCAL_DEVIATION),
-            NOISE_DEVIATION,
         )
-        width = candidates.peak_deviation
         common, by_axis, local = np.sqrt(MEMORY_SHARES)
         by_axis /= np.sqrt(max(candidates.features.shape[1], 1))
-        self._memory = _Prior(
-            common * width[:, None] * bias, by_axis * width[:, None] * axes, local * width, MEMORY_NOISE
+        self._memory = _Model(
+            common * width,
+            np.zeros((count, 0)),
+            np.zeros((0, 0)),
+            by_axis * width[:, None] * axes,
+            local * width,
         )
         self._log_throughput = np.log(candidates.throughput)
         self._log_room = np.log(candidates.capacity_bytes / candidates.peak_bytes)
@@ -169,8 +195,7 @@ class ExpectedImprovement:
             observed: of finished trials.
             pending: candidates of running trials.
         """
-        view = _View(self, observed, sorted(set(pending)))
-        return view.best()
+        return _View(self, observed, sorted(set(pending))).best()
 
     def _correlation(self, rows: Indices | slice, at: Indices) -> NDArray[np.float32]:
         """exp(-|x - y|² / (2·LENGTH²)) of rows (B,) and observations (M,), as (B, M)."""
@@ -181,94 +206,178 @@ class ExpectedImprovement:
         return np.exp(np.minimum(found, 0, out=found), out=found)
 
 
-class _Prior:
-    """A Gaussian process over the candidates: columns of linear effects, and a local part."""
+class _Model:
+    """A prior over the residuals of all candidates: a bias, parts of the step, effects of axes, and a local part."""
 
-    def __init__(self, common: Values, axes: Values, local: Values, noise: float) -> None:
-        self.split = common.shape[1]
-        self.columns = np.hstack([common, axes]).astype(np.float32)
+    def __init__(self, bias: Values, shares: Values, unknowns: Values, axes: Values, local: Values) -> None:
+        self.bias = bias[:, None].astype(np.float32)
+        self.shares = shares.astype(np.float32)
+        self.axes = axes.astype(np.float32)
         self.local = local.astype(np.float32)
-        self.noise = noise
+        self.unknowns = unknowns.astype(np.float32)
 
-    def condition(self, at: Indices, correlation: Values, values: Values, sides: Indices) -> "_Posterior":
+    def linear(self, rows: Indices | slice, scales: Values) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Offset (B,) and columns (B, P), such that a residual is the offset + columns @ standard normal unknowns.
+
+        The step takes sum_k share_k·exp(s_k); this is its tangent at `scales` (K,), as in an extended Kalman filter.
+        """
+        bias, axes = self.bias[rows], self.axes[rows]
+        if not len(scales):
+            return np.zeros(len(bias), np.float32), np.hstack([bias, axes])
+        scaled = self.shares[rows] * np.exp(scales).astype(np.float32)
+        total = scaled.sum(axis=1)
+        slopes = -scaled / total[:, None]
+        offset = -np.log(total) - slopes @ scales.astype(np.float32)
+        return offset, np.hstack([bias, slopes @ self.unknowns, axes])
+
+    def condition(self, evidence: "_Evidence", correlation: Values, rounds: int) -> "_Posterior":
         """What M observations say.
 
         Args:
-            at: candidates observed (M,).
+            evidence: the observations.
             correlation: of their local parts (M, M).
-            values: residuals (M,), or their bounds.
-            sides: 0 an exact residual, 1 at least so much, -1 at most (M,).
+            rounds: of choosing the widths, the tangent, and what to doubt.
         """
-        columns, local = self.columns[at].astype(float), self.local[at].astype(float)
-        parts = (
-            columns[:, : self.split] @ columns[:, : self.split].T,
-            columns[:, self.split :] @ columns[:, self.split :].T,
-            correlation * np.outer(local, local),
-        )
-        exact = np.flatnonzero(sides == 0)
+        at, values = evidence.at, evidence.values
+        belief = _Belief(np.ones(4), np.zeros(self.shares.shape[1]), np.zeros(len(at)))
+        local = self.local[at].astype(float)
+        whole = correlation * np.outer(local, local)
+        exact = np.flatnonzero(evidence.sides == 0)
         sample = exact[np.unique(np.linspace(0, len(exact) - 1, _FIT_ROWS).astype(int))] if len(exact) else exact
-        multiples = _fit([part[np.ix_(sample, sample)] for part in parts], values[sample], self.noise)
-        common, axes, whole, noise = multiples
-        covariance = common**2 * parts[0] + axes**2 * parts[1] + whole**2 * parts[2]
-        return _Posterior(self, at, covariance, values, sides, (common, axes, whole), noise * self.noise)
+        inside = np.ix_(sample, sample)
+        for step in range(rounds if len(sample) else 0):
+            if step:
+                posterior = _Posterior(self, evidence, correlation, belief)
+                belief = replace(belief, scales=posterior.scales(), doubt=posterior.doubt())
+            offset, columns = (found.astype(float) for found in self.linear(at, belief.scales))
+            common, axes = np.split(columns, [1 + self.unknowns.shape[1]], axis=1)
+            parts = [(common @ common.T)[inside], (axes @ axes.T)[inside], whole[inside]]
+            deviations = evidence.deviations[sample]
+            multiples = _fit(parts, (values - offset)[sample], deviations, belief.doubt[sample], belief.multiples)
+            belief = replace(belief, multiples=multiples)
+        return _Posterior(self, evidence, correlation, belief)
+
+
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """M observations of one residual."""
+
+    at: Indices
+    """The candidates (M,)."""
+    values: Values
+    """The residuals (M,), or their bounds."""
+    sides: Indices
+    """0 an exact residual, 1 at least so much, -1 at most (M,)."""
+    deviations: Values
+    """Noise (M,)."""
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, float, int, float]]) -> Self:
+        """Rows of these four."""
+        columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
+        at, values, sides, deviations = columns
+        return cls(np.array(at, np.int64), np.array(values, float), np.array(sides, np.int64), np.array(deviations))
+
+    def __getitem__(self, kept: Indices) -> "_Evidence":
+        return _Evidence(self.at[kept], self.values[kept], self.sides[kept], self.deviations[kept])
+
+    def __add__(self, more: "_Evidence") -> "_Evidence":
+        pairs = ((getattr(self, field.name), getattr(more, field.name)) for field in fields(self))
+        return _Evidence(*(np.concatenate(pair) for pair in pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class _Belief:
+    """What a posterior is conditioned under."""
+
+    multiples: Values
+    """Of the widths of common unknowns, axes, local part and noise."""
+    scales: Values
+    """Logarithms, of what the parts of a step really take (K,)."""
+    doubt: Values
+    """Variance of each observation beyond its noise (M,)."""
 
 
 class _Posterior:
     """Mean and variance of a residual at any candidate."""
 
-    def __init__(
-        self,
-        prior: _Prior,
-        at: Indices,
-        covariance: Values,
-        values: Values,
-        sides: Indices,
-        multiples: tuple[float, float, float],
-        noise: float,
-    ) -> None:
-        common, axes, local = multiples
-        scale = np.where(np.arange(prior.columns.shape[1]) < prior.split, common, axes).astype(np.float32)
-        self._columns, self._local = prior.columns, prior.local
-        self._scale, self._multiple = scale**2, local**2
-        precision, shift = _sites(covariance, values, sides, noise)
+    def __init__(self, model: _Model, evidence: "_Evidence", correlation: Values, belief: "_Belief") -> None:
+        at, sides = evidence.at, evidence.sides
+        common, axes, local, noise = belief.multiples
+        split = 1 + model.unknowns.shape[1]
+        count = split + model.axes.shape[1]
+        self._model, self._at, self.belief = model, at, belief
+        self._scale = np.where(np.arange(count) < split, common, axes).astype(np.float32) ** 2
+        self._multiple = np.float32(local**2)
+        offset, columns = model.linear(at, belief.scales)
+        self._columns = columns
+        wide, near = columns.astype(float), model.local[at].astype(float)
+        covariance = (wide * self._scale) @ wide.T + local**2 * np.outer(near, near) * correlation
+        self._noise = (noise * evidence.deviations) ** 2
+        precision, shift = _sites(covariance, evidence.values - offset, sides, self._noise + belief.doubt)
         root = np.sqrt(precision)
         factor = np.linalg.cholesky(np.eye(len(at)) + root[:, None] * covariance * root)
-        inner = root * _solve(factor, _solve(factor, root * (covariance @ shift)), transposed=True)
-        weights = shift - inner
-        self._at, self._root, self._factor = at, root, factor
-        observed = prior.columns[at].astype(float)
-        self.linear_weights = (self._scale * (observed.T @ weights)).astype(np.float32)
-        self.local_weights = self._multiple * prior.local[at] * weights
-        chosen = _pivots(covariance, precision, _BOUND_ROWS)
-        self._chosen = chosen
-        inside = covariance[np.ix_(chosen, chosen)]
-        few = np.linalg.cholesky(np.eye(len(chosen)) + root[chosen, None] * inside * root[chosen])
-        whitened = _solve(few, np.diag(root[chosen]))
-        self._whitened = whitened.astype(np.float32)
+        inner = _solve(factor, _solve(factor, root * (covariance @ shift)), transposed=True)
+        weights = shift - root * inner
+        self._exact, self._precision, self._weights = sides == 0, precision, weights
+        self._root, self._factor = root, factor
+        self._linear_weights = (self._scale * (wide.T @ weights)).astype(np.float32)
+        self.local_weights = self._multiple * near * weights
+        self._covariance = covariance
 
-    def mean(self, rows: slice | Indices, local: Floats) -> Values:
-        """Of candidates (B,), from the local part of their correlations with the observations @ `local_weights`."""
-        return np.asarray(self._columns[rows] @ self.linear_weights + self._local[rows] * local, float)
+    def scales(self) -> Values:
+        """Logarithms of what the parts of a step take, after the observations (K,)."""
+        unknowns = self._model.unknowns
+        found = unknowns @ self._linear_weights[1 : 1 + unknowns.shape[1]].astype(float)
+        return np.asarray(np.clip(found, self.belief.scales - 1, self.belief.scales + 1))
 
-    def _prior_variance(self, rows: slice | Indices) -> Values:
-        return np.asarray(self._columns[rows] ** 2 @ self._scale + self._multiple * self._local[rows] ** 2, float)
+    def doubt(self) -> Values:
+        """By how much each exact observation is contradicted: what it deviates by from what all others say of it,
+        squared, beyond twice the deviation that was to be expected. One sick node must not move its neighbours.
+        Of two it could not be said which contradicts the other.
+        """
+        if self._exact.sum() < 3:
+            return np.zeros(len(self._exact))
+        inverse = _solve(self._factor, np.diag(self._root))
+        own = np.maximum((inverse**2).sum(axis=0), 1e-12)
+        expected = 1 / own - 1 / self._precision + self._noise
+        return np.where(self._exact, np.maximum((self._weights / own) ** 2 - 4 * expected, 0), 0.0)
 
-    def _covariance(self, rows: slice | Indices, correlation: Floats, at: Indices) -> NDArray[np.float32]:
-        linear = (self._columns[rows] * self._scale) @ self._columns[at].T
-        outer = np.float32(self._multiple) * self._local[rows][:, None] * self._local[at]
-        return np.asarray(linear + outer * correlation, np.float32)
+    @cached_property
+    def _few(self) -> tuple[Indices, NDArray[np.float32]]:
+        """Some observations, and what their covariances are multiplied by, to see how much they explain."""
+        chosen = _pivots(self._covariance, self._precision, _BOUND_ROWS)
+        root = self._root[chosen]
+        inside = root[:, None] * self._covariance[np.ix_(chosen, chosen)] * root
+        factor = np.linalg.cholesky(np.eye(len(chosen)) + inside)
+        return chosen, _solve(factor, np.diag(root)).astype(np.float32)
 
-    def variance(self, rows: Indices, correlation: Floats) -> Values:
-        """Of candidates (B,), given their correlations (B, M) with the observations."""
-        known = self._covariance(rows, correlation, self._at).astype(float).T * self._root[:, None]
-        explained = (_solve(self._factor, known) ** 2).sum(axis=0)
-        return np.maximum(self._prior_variance(rows) - explained, 1e-10)
+    def at(
+        self, rows: Indices | slice, correlation: Floats, where: Indices, local: Floats, *, bound: bool
+    ) -> tuple[Values, Values]:
+        """Mean and deviation of candidates (B,); of the deviation a bound from above, with few observations.
 
-    def variance_bound(self, rows: slice, correlation: Floats) -> Values:
-        """At least the variance: with few observations taken into account."""
-        known = self._covariance(rows, correlation[:, self._chosen], self._at[self._chosen])
-        explained = ((known @ self._whitened.T) ** 2).sum(axis=1, dtype=float)
-        return np.maximum(self._prior_variance(rows) - explained, 1e-10) * 1.001 + 1e-6  # single precision
+        Args:
+            rows: the candidates.
+            correlation: of their local parts with those of other candidates.
+            where: the observations' columns in it (M,).
+            local: what the local parts of the observations say of the candidates' (B,).
+            bound: instead of the deviation itself.
+        """
+        offset, columns = self._model.linear(rows, self.belief.scales)
+        near = self._model.local[rows]
+        mean = offset + columns @ self._linear_weights + near * local
+        prior = columns**2 @ self._scale + self._multiple * near**2
+        chosen, whitened = self._few if bound else (np.arange(len(where)), None)
+        known = (columns * self._scale) @ self._columns[chosen].T
+        known += (self._multiple * near)[:, None] * self._model.local[self._at[chosen]] * correlation[:, where[chosen]]
+        if whitened is not None:
+            known = known @ whitened.T
+            variance = (prior - np.einsum("ij,ij->i", known, known)) * 1.001 + 1e-5  # single precision
+        else:
+            explained = _solve(self._factor, known.astype(float).T * self._root[:, None])
+            variance = prior - (explained**2).sum(axis=0)
+        return np.asarray(mean, float), np.sqrt(np.maximum(variance.astype(float), 1e-8))
 
 
 class _View:
@@ -287,177 +396,188 @@ class _View:
         ]
         self.best_throughput = max(eligible, default=None)
 
-        timed, times, time_sides = self._timed(observed)
-        sized, sizes, size_sides = self._sized(observed)
+        timed, sized = self._timed(observed), self._sized(observed)
         tried = [one for one in observed if one.failed or one.throughput is not None]
-        at, where = np.unique(
-            np.concatenate([timed, sized, np.array([one.candidate for one in tried], np.int64)]), return_inverse=True
-        )
-        cross = search._correlation(at, at).astype(float)
-        rows_timed, rows_sized, rows_tried = np.split(where, [len(timed), len(timed) + len(sized)])
-        self._at, self._rows_timed, self._rows_sized = at, rows_timed, rows_sized
-        self._time = search._time.condition(timed, cross[np.ix_(rows_timed, rows_timed)], times, time_sides)
-        self._memory = search._memory.condition(sized, cross[np.ix_(rows_sized, rows_sized)], sizes, size_sides)
-        # Columns: mean of throughput, mean of memory, trials nearby, failures nearby.
-        self._weights = np.zeros((len(at), 4), np.float32)
-        np.add.at(self._weights[:, 0], rows_timed, self._time.local_weights)
-        np.add.at(self._weights[:, 1], rows_sized, self._memory.local_weights)
-        np.add.at(self._weights[:, 2], rows_tried, 1.0)
-        np.add.at(self._weights[:, 3], rows_tried, [float(one.failed) for one in tried])
-
-        self._believed, self._belief = self._incumbents(pending)
+        self._set_rows(timed, sized, np.array([one.candidate for one in tried], np.int64))
+        cross = search._correlation(self._at, self._at).astype(float)
+        of_time, of_size = np.ix_(self._of_time, self._of_time), np.ix_(self._of_size, self._of_size)
+        self._time = search._time.condition(timed, cross[of_time], _ROUNDS)
+        self._memory = search._memory.condition(sized, cross[of_size], 1)
+        self._failed = np.array([float(one.failed) for one in tried])
+        self._set_weights()
+        self._running: tuple[float, float] | None = None
         if pending:
             # Their expected values change no mean, and make their neighbours less uncertain.
             more = np.array(pending, np.int64)
-            means = self._time.mean(more, search._correlation(more, at) @ self._weights[:, 0])
-            timed, times = np.concatenate([timed, more]), np.concatenate([times, means])
-            self._at = np.concatenate([at, more])
-            self._rows_timed = np.concatenate([rows_timed, len(at) + np.arange(len(more))])
-            self._weights = np.vstack([self._weights, np.zeros((len(more), 4), np.float32)])
-            sides = np.concatenate([time_sides, np.zeros(len(more), np.int64)])
-            cross = search._correlation(timed, timed).astype(float)
-            self._time = search._time.condition(timed, cross, times, sides)
-            self._weights[:, 0] = 0
-            np.add.at(self._weights[:, 0], self._rows_timed, self._time.local_weights)
+            means, self._running = self._expect(more)
+            belief = self._time.belief
+            zeros = np.zeros(len(more))
+            timed += _Evidence(more, means, np.zeros_like(more), zeros + NOISE_DEVIATION)
+            self._set_rows(timed, sized, self._at[self._of_trial])
+            self._time = _Posterior(
+                search._time,
+                timed,
+                search._correlation(timed.at, timed.at).astype(float),
+                replace(belief, doubt=np.concatenate([belief.doubt, zeros])),
+            )
+            self._set_weights()
 
-    def _timed(self, observed: Sequence[Observed]) -> tuple[Indices, Values, Indices]:
-        found = [
-            (one.candidate, one.throughput or one.at_most or 1.0, 0 if one.throughput is not None else -1)
+    def _set_rows(self, timed: _Evidence, sized: _Evidence, tried: Indices) -> None:
+        """Every candidate of which something is known, once, and where the observations of each kind are."""
+        self._at, where = np.unique(np.concatenate([timed.at, sized.at, tried]), return_inverse=True)
+        ends = np.cumsum([len(timed.at), len(sized.at)])
+        self._of_time, self._of_size, self._of_trial = np.split(where, ends)
+
+    def _set_weights(self) -> None:
+        """Columns: local mean of throughput, of memory, trials nearby, failures nearby."""
+        self._weights = np.zeros((len(self._at), 4), np.float32)
+        for column, (rows, weights) in enumerate(
+            (
+                (self._of_time, self._time.local_weights),
+                (self._of_size, self._memory.local_weights),
+                (self._of_trial, np.ones(len(self._of_trial))),
+                (self._of_trial, self._failed),
+            )
+        ):
+            np.add.at(self._weights[:, column], rows, weights.astype(np.float32))
+
+    def _timed(self, observed: Sequence[Observed]) -> _Evidence:
+        rows = [
+            (one.candidate, float(np.log(value)), 0 if one.throughput is not None else -1, NOISE_DEVIATION)
             for one in observed
-            if one.throughput is not None or one.at_most is not None
+            if (value := one.at_most if one.throughput is None else one.throughput) is not None
         ]
-        at = np.array([row[0] for row in found], np.int64)
-        values = np.log(np.array([row[1] for row in found], float))
-        return at, values - self._search._log_throughput[at], np.array([row[2] for row in found], np.int64)
+        if len(rows) > _MOST_ROWS:
+            rows.sort(key=lambda row: -row[1])
+            half = _MOST_ROWS // 2
+            rows = rows[:half] + [rows[index] for index in np.linspace(half, len(rows) - 1, half).astype(int)]
+        found = _Evidence.of(rows)
+        return replace(found, values=found.values - self._search._log_throughput[found.at])
 
-    def _sized(self, observed: Sequence[Observed]) -> tuple[Indices, Values, Indices]:
+    def _sized(self, observed: Sequence[Observed]) -> _Evidence:
         given = self._search._given
-        found = [
-            (one.candidate, one.peak_bytes or given.capacity_bytes, int(one.peak_bytes is None))
-            for one in observed
-            if one.peak_bytes is not None or one.ran_out
-        ]
-        at = np.array([row[0] for row in found], np.int64)
-        values = np.log(np.array([row[1] for row in found], float) / given.peak_bytes[at])
-        sides = np.array([row[2] for row in found], np.int64)
-        near = np.argsort(np.abs(self._search._log_room[at]), kind="stable")[:_NEAR_ROWS]
-        return at[near], values[near], sides[near]
+        found = _Evidence.of(
+            [
+                (one.candidate, one.peak_bytes or given.capacity_bytes, int(one.peak_bytes is None), one.peak_deviation)
+                for one in observed
+                if one.peak_bytes is not None or one.ran_out
+            ]
+        )
+        found = replace(found, values=np.log(found.values / given.peak_bytes[found.at]))
+        return found[np.argsort(np.abs(self._search._log_room[found.at]), kind="stable")[:_NEAR_ROWS]]
 
-    def _incumbents(self, pending: list[int]) -> tuple[float | None, float]:
-        """What the best running trial is expected to reach, as a logarithm, and how probably it does."""
-        if not pending:
-            return None, 0.0
-        rows = np.array(pending, np.int64)
-        correlation = self._search._correlation(rows, self._at)
-        means, fits, runs, _, _ = self._judge(rows, correlation, correlation @ self._weights)
-        logs = self._search._log_throughput[rows] + means
-        first = int(np.argmax(logs + np.log(fits * runs + 1e-300)))
-        return float(logs[first]), float(fits[first] * runs[first])
+    def _expect(self, pending: Indices) -> tuple[Values, tuple[float, float]]:
+        """Residuals of running trials; of the best of them the logarithm, and how probable it is to succeed."""
+        correlation = self._search._correlation(pending, self._at)
+        seen = self._judge(pending, correlation, correlation @ self._weights)
+        first = int(np.argmax(seen.logs + seen.log_success))
+        residuals = seen.logs - self._search._log_throughput[pending]
+        return residuals, (float(seen.logs[first]), float(np.exp(seen.log_success[first])))
 
     def _judge(
-        self, rows: Indices, correlation: Floats, sums: Floats
-    ) -> tuple[Values, Values, Values, Values, Values]:
-        """Mean and deviation of the throughput's residual, P(fits), P(runs) and its logarithm's score, all (B,).
-
-        Returned as mean, P(fits), P(runs), deviation, score.
-        """
-        means = self._time.mean(rows, sums[:, 0])
-        deviations = np.sqrt(self._time.variance(rows, correlation[:, self._rows_timed]))
-        room = self._search._log_room[rows] - self._memory.mean(rows, sums[:, 1])
-        spread = np.sqrt(self._memory.variance(rows, correlation[:, self._rows_sized]))
+        self, rows: Indices | slice, correlation: Floats, sums: NDArray[np.float32], *, bound: bool = False
+    ) -> "_Judgement":
+        """Candidates (B,), from correlations (B, M) and their sums (B, 4); or bounds of what they may score."""
+        search = self._search
+        means, deviations = self._time.at(rows, correlation, self._of_time, sums[:, 0], bound=bound)
+        bytes_mean, spread = self._memory.at(rows, correlation, self._of_size, sums[:, 1], bound=bound)
+        room = search._log_room[rows] - bytes_mean
         log_fits = log_ndtr(room / spread)
-        runs = _run_probability(sums)
-        score = self._score(rows, means, deviations, log_fits, runs)
-        return means, np.exp(log_fits), runs, deviations, score
-
-    def _score(
-        self, rows: Indices | slice, means: Values, deviations: Values, log_fits: Values, runs: Values
-    ) -> Values:
-        logs = self._search._log_throughput[rows] + means
-        gain = self._log_gain(logs, deviations)
-        return np.asarray(gain + log_fits + np.log(runs) - self._search._log_cost[rows])
+        if bound:
+            # More spread makes what is expected not to fit more probable to fit, and the rest less.
+            log_fits[room >= 0] = 0.0
+        trials, failures = sums[:, 2].astype(float), sums[:, 3].astype(float)
+        # Mean of the Beta posterior.
+        failing = (FAILURE_RATE * FAILURE_STRENGTH + failures) / (FAILURE_STRENGTH + trials)
+        log_runs = np.log1p(-np.clip(failing, 0.0, 0.999))
+        logs = search._log_throughput[rows] + means
+        log_gain = self._log_gain(logs, deviations)
+        scores = log_gain + log_fits + log_runs - search._log_cost[rows]
+        return _Judgement(logs, deviations, log_fits, log_runs, log_gain, scores)
 
     def _log_gain(self, logs: Values, deviations: Values) -> Values:
         """Logarithm of the expected improvement in throughput."""
         best = None if self.best_throughput is None else float(np.log(self.best_throughput))
         alone = _log_improvement(logs, deviations, best)
-        believed = getattr(self, "_believed", None)
-        if believed is None or (best is not None and believed <= best):
+        if self._running is None or (best is not None and self._running[0] <= best):
             return alone
-        belief = min(max(self._belief, 1e-12), 1 - 1e-12)
-        beaten = _log_improvement(logs, deviations, believed)
-        return np.logaddexp(np.log(belief) + beaten, np.log1p(-belief) + alone)
+        reached, probability = self._running
+        probability = min(max(probability, 1e-12), 1 - 1e-12)
+        beaten = _log_improvement(logs, deviations, reached)
+        return np.asarray(np.logaddexp(np.log(probability) + beaten, np.log1p(-probability) + alone))
 
     def best(self) -> Proposal | None:
         """Candidates in the order of a bound on their score, until no bound reaches the best score."""
-        bounds, sums, means = self._bounds()
-        bounds[self._taken] = -np.inf
-        winner: tuple[float, int] | None = None
-        left = np.argsort(-bounds, kind="stable")
-        for start in range(0, len(left), _CHUNK):
-            rows = left[start : start + _CHUNK]
-            rows = rows[bounds[rows] > (winner[0] if winner else -np.inf)]
-            if not len(rows):
-                break
-            correlation = self._search._correlation(rows, self._at)
-            _, fits, _, _, scores = self._judge(rows, correlation, sums[rows])
-            scores[fits < LEAST_FIT_PROBABILITY] = -np.inf
-            top = int(np.argmax(scores))
-            if scores[top] > (winner[0] if winner else -np.inf):
-                winner = float(scores[top]), int(rows[top])
-        return None if winner is None else self._explain(winner[1], sums, means)
-
-    def _bounds(self) -> tuple[Values, NDArray[np.float32], Values]:
-        """(N,) upper bounds of scores, (N, 4) sums of correlations, (N,) log throughputs."""
-        search = self._search
-        count = len(search._log_throughput)
+        count = len(self._taken)
         bounds, logs = np.empty(count), np.empty(count)
         sums = np.empty((count, 4), np.float32)
         for start in range(0, count, _CHUNK):
-            rows = slice(start, min(start + _CHUNK, count))
-            correlation = search._correlation(rows, self._at)
+            rows = slice(start, start + _CHUNK)
+            correlation = self._search._correlation(rows, self._at)
             sums[rows] = correlation @ self._weights
-            means = self._time.mean(rows, sums[rows, 0])
-            deviations = np.sqrt(self._time.variance_bound(rows, correlation[:, self._rows_timed]))
-            room = search._log_room[rows] - self._memory.mean(rows, sums[rows, 1])
-            spread = np.sqrt(self._memory.variance_bound(rows, correlation[:, self._rows_sized]))
-            # More spread makes what is expected not to fit more probable to fit, and the rest less.
-            log_fits = np.where(room < 0, log_ndtr(room / spread), 0.0)
-            bounds[rows] = self._score(rows, means, deviations, log_fits, _run_probability(sums[rows])) + 1e-6
-            logs[rows] = search._log_throughput[rows] + means
-        return bounds, sums, logs
+            seen = self._judge(rows, correlation, sums[rows], bound=True)
+            bounds[rows], logs[rows] = seen.scores, seen.logs
+        bounds[self._taken] = -np.inf
+        winner, top = -1, -np.inf
+        left = np.flatnonzero(bounds > -np.inf)
+        while len(left):
+            few = np.argpartition(-bounds[left], _BLOCK)[:_BLOCK] if len(left) > _BLOCK else np.arange(len(left))
+            block = np.sort(left[few])
+            correlation = self._search._correlation(block, self._at)
+            seen = self._judge(block, correlation, sums[block])
+            scores = np.where(seen.log_fits < np.log(LEAST_FIT_PROBABILITY), -np.inf, seen.scores)
+            if scores.max() > top:
+                winner, top = int(block[np.argmax(scores)]), float(scores.max())
+            bounds[block] = -np.inf
+            left = left[bounds[left] > top]
+        return None if winner < 0 else self._explain(winner, sums, logs)
 
     def _explain(self, candidate: int, sums: NDArray[np.float32], logs: Values) -> Proposal:
         rows = np.array([candidate])
-        correlation = self._search._correlation(rows, self._at)
-        _, fits, runs, deviations, scores = (
-            float(values[0]) for values in self._judge(rows, correlation, sums[candidate : candidate + 1])
-        )
-        given = self._search._given
-        gain = None
+        seen = self._judge(rows, self._search._correlation(rows, self._at), sums[rows])
+        given, gain = self._search._given, None
         if self.best_throughput is not None:
-            log_gain = self._log_gain(logs[rows], np.array([deviations]))[0]
-            gain = float(np.exp(log_gain - np.log(self.best_throughput))) * fits * runs
+            gain = float(np.exp(seen.log_gain + seen.log_success)[0]) / self.best_throughput
         return Proposal(
             candidate=candidate,
             predicted_throughput=float(given.throughput[candidate]),
-            throughput=float(np.exp(logs[candidate])),
-            throughput_deviation=deviations,
-            fit_probability=fits,
-            run_probability=runs,
+            throughput=float(np.exp(seen.logs[0])),
+            throughput_deviation=float(seen.deviations[0]),
+            fit_probability=float(np.exp(seen.log_fits[0])),
+            run_probability=float(np.exp(seen.log_runs[0])),
             best_throughput=self.best_throughput,
             expected_gain=gain,
             cost=float(given.cost[candidate]),
-            score=scores,
+            score=float(seen.scores[0]),
             rank_by_throughput=1 + int((logs[~self._taken] > logs[candidate]).sum()),
         )
 
 
-def _run_probability(sums: Floats) -> Values:
-    """From trials and failures nearby: 1 - mean of the Beta posterior."""
-    trials, failures = sums[:, 2].astype(float), sums[:, 3].astype(float)
-    failing = (FAILURE_RATE * FAILURE_STRENGTH + failures) / (FAILURE_STRENGTH + trials)
-    return np.asarray(1 - np.clip(failing, 0.0, 0.999))
+@dataclass(frozen=True, slots=True)
+class _Judgement:
+    """Of candidates (B,); all but deviations are logarithms."""
+
+    logs: Values
+    """Median throughput."""
+    deviations: Values
+    log_fits: Values
+    log_runs: Values
+    log_gain: Values
+    scores: Values
+
+    @property
+    def log_success(self) -> Values:
+        """That it fits and runs."""
+        return self.log_fits + self.log_runs
+
+
+def step_unknowns(parts: Sequence[TimePart]) -> Values:
+    """`Candidates.unknowns` of parts of a step: compute, network and launch, and each part by itself (K, 3 + K)."""
+    common = np.zeros((len(parts), 3))
+    for row, part in enumerate(parts):
+        group = 1 if part in _NETWORK else 2 if part is TimePart.LAUNCH else 0
+        common[row, group] = PRIOR_DEVIATIONS[group] * (part is not TimePart.BUBBLE)
+    return np.hstack([common, PART_DEVIATION * np.eye(len(parts))])
 
 
 def _log_improvement(logs: Values, deviations: Values, best: float | None) -> Values:
@@ -489,30 +609,41 @@ def _axis_columns(features: Values) -> Values:
             rows = np.abs(axis[:, None] - values).argmin(axis=1)
         kernel = np.exp(-((values[:, None] - values) ** 2) / (2 * LENGTH**2))
         sizes, directions = np.linalg.eigh(kernel)
-        kept = sizes > 1e-6
+        kept = sizes > 1e-3 * sizes[-1]
         found.append((directions[:, kept] * np.sqrt(sizes[kept]))[rows])
     return np.hstack(found)
 
 
-def _fit(parts: Sequence[Values], values: Values, noise: float) -> tuple[float, float, float, float]:
-    """The most probable multiples of the widths of three parts and of the noise."""
-    grid = np.array(list(product(MULTIPLES, MULTIPLES, MULTIPLES, NOISE_MULTIPLES)))
-    score = -0.5 * (np.log(grid) ** 2).sum(axis=1) / MULTIPLE_DEVIATION**2
-    if len(values):
+def _fit(parts: Sequence[Values], values: Values, noise: Values, doubt: Values, start: Values) -> Values:
+    """The most probable multiples of the widths of three parts and of the noise, one after the other, twice.
+
+    Args:
+        parts: covariances of M observations at multiples of 1.
+        values: residuals (M,).
+        noise: deviations (M,).
+        doubt: variance of each observation beyond the noise (M,).
+        start: multiples to begin at (4,).
+    """
+    found = start.copy()
+    for index in (0, 2, 1, 3) * 2:
+        choices = np.array(NOISE_MULTIPLES if index == 3 else MULTIPLES)
+        grid = np.tile(found, (len(choices), 1))
+        grid[:, index] = choices
         stack = np.tensordot(grid[:, :3] ** 2, np.stack(parts), axes=1)
-        stack += (grid[:, 3] * noise)[:, None, None] ** 2 * np.eye(len(values))
+        diagonal = np.arange(len(values))
+        stack[:, diagonal, diagonal] += (grid[:, 3:] * noise) ** 2 + doubt
         factors = np.linalg.cholesky(stack)
-        whitened = np.linalg.solve(factors, np.broadcast_to(values[:, None], (len(grid), len(values), 1)))[..., 0]
-        score -= 0.5 * (whitened**2).sum(axis=1)
+        score = -0.5 * (np.log(grid) ** 2).sum(axis=1) / MULTIPLE_DEVIATION**2
         score -= np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(axis=1)
-    common, axes, local, noises = (float(value) for value in grid[int(np.argmax(score))])
-    return common, axes, local, noises
+        score -= 0.5 * np.array([(_solve(factor, values) ** 2).sum() for factor in factors])
+        found = grid[int(np.argmax(score))]
+    return found
 
 
-def _sites(covariance: Values, values: Values, sides: Indices, noise: float) -> tuple[Values, Values]:
-    """Precision and precision x mean of the Gaussian that stands for each observation (M,)."""
-    precision = np.where(sides == 0, noise**-2, 1e-8)
-    shift = np.where(sides == 0, values * noise**-2, 0.0)
+def _sites(covariance: Values, values: Values, sides: Indices, noise: Values) -> tuple[Values, Values]:
+    """Precision and precision x mean of the Gaussian that stands for each observation (M,); noise is a variance."""
+    precision = np.where(sides == 0, 1 / noise, 1e-8)
+    shift = np.where(sides == 0, values / noise, 0.0)
     bounded = np.flatnonzero(sides)
     if not len(bounded):
         return precision, shift
@@ -526,7 +657,7 @@ def _sites(covariance: Values, values: Values, sides: Indices, noise: float) -> 
         # The cavity: what all other observations say.
         left = np.maximum(1 / variance - precision[bounded], 1e-8)
         cavity, spread = (mean / variance - shift[bounded]) / left, 1 / left
-        total = np.sqrt(spread + noise**2)
+        total = np.sqrt(spread + noise[bounded])
         z = side * (cavity - bound) / total
         ratio = np.exp(-(z**2) / 2 - np.log(2 * np.pi) / 2 - log_ndtr(z))
         tilted = cavity + side * spread * ratio / total
@@ -554,5 +685,5 @@ def _pivots(covariance: Values, precision: Values, count: int) -> Indices:
     return np.array(chosen, np.int64)
 
 
-def _solve(factor: Values, right: Values, *, transposed: bool = False) -> Values:
+def _solve(factor: NDArray[np.floating[Any]], right: Values, *, transposed: bool = False) -> Values:
     return np.asarray(solve_triangular(factor, right, lower=True, trans=int(transposed), check_finite=False))

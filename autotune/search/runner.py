@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from autotune.predict.plan import Plan
 from autotune.search.samplers import SamplerName, build_sampler
 from autotune.search.tune_search import TuneSearch
 from autotune.spec.config import TrialConfig
@@ -25,7 +26,12 @@ class LauncherName(StrEnum):
 
 
 def run_study(
-    study: Study, sampler: SamplerName, log_dir: Path, seed: int = 0, launcher: LauncherName = LauncherName.POOL
+    study: Study,
+    sampler: SamplerName,
+    log_dir: Path,
+    seed: int = 0,
+    launcher: LauncherName = LauncherName.POOL,
+    plan: Plan | None = None,
 ) -> None:
     """Run trials until the budget is spent or no candidate is left. Ray is connected already.
 
@@ -38,7 +44,7 @@ def run_study(
     space = study.space
     if study.stop_reason is not None:
         return
-    search = TuneSearch(study, build_sampler(sampler, seed), seed)
+    search = TuneSearch(study, build_sampler(sampler, seed, study, plan), seed)
     pooled = launcher is LauncherName.POOL
     pools = _start_pools(study, log_dir) if pooled else []
     sizes = [int(gpus) for gpus in space.axes["gpus"]] + ([space.baseline.gpus] if space.baseline else [])

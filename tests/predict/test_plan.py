@@ -81,6 +81,16 @@ def test_every_candidate_is_predicted_as_by_itself(tmp_path: Path) -> None:
     assert (again.device_used_bytes == plan.device_used_bytes).all()
 
 
+def test_on_gpus_a_plan_adds_what_the_allocator_and_the_context_take(tmp_path: Path) -> None:
+    cluster = {"nodes": 1, "gpus_per_node": 2, "gpu": "H100-80GB"}
+    search = PLAIN | {"zero_stage": 3, "activation_checkpointing": "full", "micro_batch_size": [2, 4]}
+    space = sample_space(tmp_path, search=search, cluster=cluster, baseline=...)
+    plan = plan_memory(space)
+    singly = predicted(space)
+    assert plan.device_used_bytes == pytest.approx([memory.device_used_bytes for memory in singly], abs=4)
+    assert all(memory.device_used_bytes > memory.reserved_bytes > memory.allocated_bytes for memory in singly)
+
+
 @pytest.mark.slow
 def test_keys_are_traced_one_by_one_and_added(tmp_path: Path) -> None:
     space = sample_space(tmp_path, search=KEYED, baseline=...)

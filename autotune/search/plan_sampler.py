@@ -1,0 +1,133 @@
+"""`PlanSampler`: the Optuna sampler that scores every candidate of a plan and proposes the best.
+
+What was predicted is the prior, every outcome of the study corrects it (`autotune.search.expected_improvement`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+
+from autotune.predict.plan import Plan
+from autotune.predict.roofline import TimePart
+from autotune.results import UNSTABLE
+from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, Proposal, step_unknowns
+from autotune.space.space import Space
+from autotune.spec.outcome import FailureKind, Measurement, Outcome
+from autotune.study import Study
+
+UNKNOWN_DEVIATION = 1.0
+"""Of the memory of a candidate that cannot be predicted, as a ratio; half of the device is taken for its mean."""
+FAILED = UNSTABLE | {FailureKind.INVALID_CONFIG, FailureKind.HOST_OUT_OF_MEMORY, FailureKind.TIMEOUT}
+"""Failures that make a config's neighbours suspect."""
+
+
+class PlanSampler(BaseSampler):
+    """Proposes all parameters of a trial jointly, by expected improvement.
+
+    Args:
+        study: whose outcomes teach.
+        plan: of its space.
+        seed: of the random draws that are left where no candidate is.
+    """
+
+    def __init__(self, study: Study, plan: Plan, seed: int) -> None:
+        self._study, self._space = study, plan.space
+        self._search = ExpectedImprovement(candidates_of(plan))
+        self._random = RandomSampler(seed=seed)
+        self.proposal: Proposal | None = None
+        """The last one, and why it was made."""
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The axes with a choice, as `TuneSearch` asks for them: nothing is inferred."""
+        from autotune.search.tune_search import distributions
+
+        return dict(distributions(self._space))
+
+    def sample_relative(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The parameters of the best candidate; none where no candidate is left that may fit."""
+        candidates = self._space.candidates
+        observed = [
+            found
+            for _, config, outcome in self._study.results
+            if config in self._space and (found := observation(candidates.index(config), outcome)) is not None
+        ]
+        pending = [candidates.index(config) for config in self._study.unsettled if config in self._space]
+        self.proposal = self._search.propose(observed, pending)
+        if self.proposal is None:
+            return {}
+        values = self._space.values(candidates[self.proposal.candidate])
+        return {axis: values[axis] for axis in search_space}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """At random: asked only where nothing was proposed."""
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+
+def candidates_of(plan: Plan) -> Candidates:
+    """What a plan knows of its candidates, in columns."""
+    space, count = plan.space, len(plan.device_used_bytes)
+    unknown = np.isnan(plan.device_used_bytes)
+    shares, unknowns, throughput = np.zeros((count, 0)), np.zeros((0, 0)), np.ones(count)
+    if plan.times is not None:
+        parts: Sequence[TimePart] = list(plan.times.parts)
+        seconds = np.stack([plan.times.parts[part] for part in parts], axis=1)
+        shares, unknowns = seconds / plan.times.step_seconds[:, None], step_unknowns(parts)
+        throughput = plan.times.tokens_per_second_per_gpu
+    return Candidates(
+        features=features_of(space),
+        throughput=throughput,
+        shares=shares,
+        unknowns=unknowns,
+        peak_bytes=np.where(unknown, 0.5 * space.usable_bytes, plan.device_used_bytes),
+        peak_deviation=np.where(unknown, UNKNOWN_DEVIATION, plan.deviations),
+        capacity_bytes=space.usable_bytes,
+        cost=np.array(space.axes["gpus"], float)[space.columns["gpus"]],
+    )
+
+
+def features_of(space: Space) -> NDArray[np.float64]:
+    """(candidates, D): numbers by their logarithm to base 2, other choices one unit apart from each other.
+
+    Where an axis does not apply, its columns are at their middle.
+    """
+    found: list[NDArray[np.float64]] = []
+    for axis, values in space.axes.items():
+        column = space.columns[axis]
+        used = np.unique(column[column >= 0])
+        if len(used) < 2:
+            continue
+        if all(isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in values):
+            table = np.log2(np.array(values, float))[:, None]
+        else:
+            table = np.eye(len(values)) / np.sqrt(2)
+        middle = table[used].mean(axis=0, keepdims=True)
+        found.append(np.concatenate([table, middle])[column])
+    return np.hstack(found) if found else np.zeros((len(space.candidates), 1))
+
+
+def observation(candidate: int, outcome: Outcome) -> Observed | None:
+    """What an outcome teaches about its candidate; None where it teaches nothing."""
+    if isinstance(outcome, Measurement):
+        return Observed(
+            candidate=candidate,
+            throughput=outcome.tokens_per_second_per_gpu,
+            peak_bytes=float(outcome.peak_device_used_bytes),
+        )
+    if outcome.kind is FailureKind.OUT_OF_MEMORY:
+        return Observed(candidate=candidate, ran_out=True)
+    return Observed(candidate=candidate, failed=True) if outcome.kind in FAILED else None

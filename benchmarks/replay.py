@@ -1,0 +1,389 @@
+"""How many launches does a sampler need? Replays measured grids: whatever it proposes was run once, by someone else.
+
+    python benchmarks/replay.py --grid FILE.csv [--samplers ours,tpe,gp,random] [--seeds N] [--budget 30] [--json]
+
+FILE has the columns of `nanotron_bench_final2.csv`, the Ultra-Scale Playbook's sweep. A scenario is (model, key heads,
+vocabulary, GPUs) at a global batch of 256 with at least 50 configs, ten of which ran. Of a config's repeats the one
+that ran counts, then the newest. `ok_then_oom` is out of memory: one rank logged a result before another died.
+
+Every launch costs the same, failures too. Regret after n launches is 1 - best measured / best of the scenario, and 1
+while nothing was measured. Launches to 5 % are those after which regret is at most 0.05; quantiles are over scenarios
+and seeds, and a run that never gets there within the budget counts as longer than any.
+
+- `ours`: `autotune.search.expected_improvement` over the predictions of `autotune.predict` (profile nanotron-checked),
+  the same constants for every scenario; no seed. Like a study, it is not offered what the trainer refuses to start:
+  sizes that do not divide, and fewer micro-batches than stages less one (huggingface/nanotron,
+  parallel/pipeline_parallel/engine.py).
+- `tpe`, `gp`: Optuna's, as `autotune tune --sampler` builds them: memory as a constraint, failures as infeasible with
+  the worst value, proposals outside the grid or already launched redrawn and, after some redraws, replaced at random.
+  They know no predictions; `tpe-told` is offered the same candidates as ours, less what is predicted not to fit.
+- `random`: uniform without replacement.
+"""
+
+import argparse
+import csv
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from foreign import nanotron_case  # type: ignore[import-not-found]  # a script's neighbour
+from foreign_time import cluster_of, layout_of  # type: ignore[import-not-found]
+from numpy.typing import NDArray
+
+from autotune.predict.cases import MEMORY_HEADROOM
+from autotune.predict.layout_times import STEP_PROFILES, Layouts, predict_layouts
+from autotune.predict.layouts import TRAINER_PROFILES, Layout, impossible, predict_layout
+from autotune.predict.shape import DecoderShape, read_shape
+from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, step_unknowns
+from autotune.search.samplers import SamplerName, build_sampler
+from autotune.units import GIB
+
+Row = dict[str, str]
+Values = NDArray[np.float64]
+
+GLOBAL_BATCH = 256
+SMALLEST_SCENARIO, FEWEST_THAT_RAN = 50, 10
+MARKS = (5, 10, 15, 30)
+TOLERANCES = (0.05, 0.02)
+FAILURES_WITHIN = 15
+REDRAWS = {"tpe": 100, "tpe-told": 100, "gp": 5}
+"""Proposals of Optuna's that are redrawn before one is taken at random. Its Gaussian process takes seconds for what TPE
+does in milliseconds, and tends to propose the same again."""
+GATES = {
+    "regret_after_5": 0.06,
+    "regret_after_10": 0.02,
+    "regret_after_15": 0.01,
+    "median_launches_to_5%": 3,
+    "p90_launches_to_5%": 9,
+    "oom_share": 0.05,
+    "failed_share": 0.12,
+}
+RESERVED_DEVIATION = 0.08
+"""Of reserved bytes as a measure of what is needed: as much as fragmentation leaves a prediction open
+(`predict.layouts.DEVIATION`)."""
+
+_PROFILE = "nanotron-checked"
+_KEYS = ("tp", "pp", "dp", "micro_batch", "grad_accum", "sharding")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One grid: a row for each config."""
+
+    name: str
+    rows: list[Row]
+
+    @cached_property
+    def throughput(self) -> Values:
+        """(N,) tokens/s/GPU, 0 where it did not run."""
+        return np.array([float(row["tokens_per_s_per_gpu"]) if row["outcome"] == "ok" else 0.0 for row in self.rows])
+
+    def is_oom(self, index: int) -> bool:
+        """Whether this config ran out of memory."""
+        return self.rows[index]["outcome"] in ("oom", "ok_then_oom")
+
+    @cached_property
+    def shape(self) -> DecoderShape:
+        """The model's."""
+        return read_shape("row", nanotron_case(self.rows[0])["model"])
+
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        """Of every config."""
+        return [layout_of(row) for row in self.rows]
+
+    @cached_property
+    def startable(self) -> NDArray[np.int64]:
+        """Configs that the trainer does not refuse."""
+        profile = TRAINER_PROFILES[_PROFILE]
+        return np.array(
+            [
+                index
+                for index, layout in enumerate(self.layouts)
+                if layout.gradient_accumulation_steps >= layout.pipeline_parallel_size - 1
+                and impossible(self.shape, layout, profile) is None
+            ],
+            np.int64,
+        )
+
+    @cached_property
+    def memory(self) -> list[tuple[float, float, bool]]:
+        """Of every startable config: bytes of the fullest GPU, reserved bytes of rank 0, whether these are one GPU."""
+        cluster, profile = cluster_of(self.rows[0]), TRAINER_PROFILES[_PROFILE]
+        found: list[tuple[float, float, bool]] = []
+        for index in self.startable:
+            stages = predict_layout(self.shape, self.layouts[index], profile, cluster.gpu.name)
+            fullest = max(stages, key=lambda stage: stage.device_used_bytes)
+            found.append((fullest.device_used_bytes, stages[0].reserved_bytes, fullest is stages[0]))
+        return found
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The startable configs with their predictions."""
+        cluster = cluster_of(self.rows[0])
+        layouts = [self.layouts[index] for index in self.startable]
+        by_cost = TRAINER_PROFILES[_PROFILE].balances_by_cost
+        times = predict_layouts(self.shape, Layouts.of(layouts), STEP_PROFILES[_PROFILE], cluster, by_cost=by_cost)
+        shares = np.stack([seconds / times.step_seconds for seconds in times.parts.values()], axis=1)
+        sizes = [
+            (
+                one.tensor_parallel_size,
+                one.pipeline_parallel_size,
+                one.data_parallel_size,
+                one.micro_batch_size,
+                one.gradient_accumulation_steps,
+                2**one.zero_stage,
+            )
+            for one in layouts
+        ]
+        stage = predict_layout(self.shape, layouts[0], TRAINER_PROFILES[_PROFILE], cluster.gpu.name)[0]
+        return Candidates(
+            features=np.log2(np.array(sizes, float)),
+            throughput=times.tokens_per_second_per_gpu,
+            shares=shares,
+            unknowns=step_unknowns(list(times.parts)),
+            peak_bytes=np.array([peak for peak, _, _ in self.memory], float),
+            peak_deviation=np.full(len(layouts), stage.deviation),
+            capacity_bytes=(1 - MEMORY_HEADROOM) * cluster.memory_bytes,
+            cost=np.ones(len(layouts)),
+        )
+
+
+def read_scenarios(rows: Iterable[Row]) -> list[Scenario]:
+    """Grids that are large enough."""
+    grids: dict[tuple[str, ...], dict[tuple[str, ...], Row]] = defaultdict(dict)
+    for row in rows:
+        if not row["global_batch"] or float(row["global_batch"]) != GLOBAL_BATCH:
+            continue
+        grid = grids[row["model"], row["kv_heads"], row["vocab"], row["n_gpus"]]
+        config = tuple(row[key] for key in _KEYS)
+        if config not in grid or _precedence(row) > _precedence(grid[config]):
+            grid[config] = row
+    found = []
+    for key in sorted(grids, key=lambda key: (key[:3], int(float(key[3])))):
+        kept = [grids[key][config] for config in sorted(grids[key])]
+        if len(kept) >= SMALLEST_SCENARIO and sum(row["outcome"] == "ok" for row in kept) >= FEWEST_THAT_RAN:
+            found.append(Scenario(" ".join(key), kept))
+    return found
+
+
+def _precedence(row: Row) -> tuple[bool, int]:
+    return row["outcome"] == "ok", int(float(row["job_id"] or 0))
+
+
+Launches = list[int]
+Search = Callable[[Scenario, int, int], Launches]
+"""Scenario, seed and budget to the configs launched, in order."""
+
+
+def search_ours(scenario: Scenario, seed: int, budget: int) -> Launches:
+    """Expected improvement over the predictions."""
+    search, observed, launched = ExpectedImprovement(scenario.candidates), list[Observed](), list[int]()
+    for _ in range(budget):
+        proposal = search.propose(observed)
+        if proposal is None:
+            break
+        index = int(scenario.startable[proposal.candidate])
+        launched.append(index)
+        observed.append(_lesson(scenario, proposal.candidate, index))
+    return launched
+
+
+def _lesson(scenario: Scenario, candidate: int, index: int) -> Observed:
+    if scenario.is_oom(index):
+        return Observed(candidate=candidate, ran_out=True)
+    if not scenario.throughput[index]:
+        return Observed(candidate=candidate, failed=True)
+    fullest, reserved, same = scenario.memory[candidate]
+    text = scenario.rows[index]["peak_mem"]
+    # The table has rank 0 alone: the fullest GPU's peak is known only where that is predicted to be rank 0's. And what
+    # was reserved with room to spare is more than was needed; here all counts that runs.
+    peak = float(text) * GIB + fullest - reserved if text and same else None
+    measured = float(scenario.throughput[index])
+    return Observed(candidate=candidate, throughput=measured, peak_bytes=peak, peak_deviation=RESERVED_DEVIATION)
+
+
+def search_random(scenario: Scenario, seed: int, budget: int) -> Launches:
+    """Uniform without replacement."""
+    order = np.random.default_rng(seed).permutation(len(scenario.rows))
+    return [int(index) for index in order[:budget]]
+
+
+def search_optuna(name: str) -> Search:
+    """Optuna's sampler of that name, as `TuneSearch` feeds it."""
+
+    def search(scenario: Scenario, seed: int, budget: int) -> Launches:
+        told = name.endswith("-told")
+        offered = list(range(len(scenario.rows)))
+        if told:
+            fitting = scenario.candidates.peak_bytes <= scenario.candidates.capacity_bytes
+            offered = [int(index) for index in scenario.startable[fitting]]
+        sampler = build_sampler(SamplerName(name.removesuffix("-told")), seed)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        chance, launched = np.random.default_rng(seed), list[int]()
+        axes = _axes([scenario.rows[index] for index in offered])
+        by_values = {tuple(scenario.rows[index][axis] for axis in axes): index for index in offered}
+        distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            axis: optuna.distributions.CategoricalDistribution(sorted({values[i] for values in by_values}))
+            for i, axis in enumerate(axes)
+        }
+        worst = 0.0
+        for _ in range(min(budget, len(by_values))):
+            trial, index = None, None
+            for _ in range(REDRAWS[name]):
+                trial = study.ask(distributions)
+                index = by_values.get(tuple(trial.params[axis] for axis in axes))
+                if index is not None and index not in launched:
+                    break
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                trial = index = None
+            if trial is None or index is None:
+                index = int(chance.choice([i for i in offered if i not in launched]))
+                study.enqueue_trial({axis: scenario.rows[index][axis] for axis in axes})
+                trial = study.ask(distributions)
+            launched.append(index)
+            measured = float(scenario.throughput[index])
+            ran = [float(scenario.throughput[i]) for i in launched if scenario.throughput[i]]
+            worst = min(ran, default=0.0)
+            violation = 1.0 if scenario.is_oom(index) else 0.5
+            trial.set_constraint("memory", 0.0 if measured else violation)
+            study.tell(trial, measured or worst)
+        return launched
+
+    return search
+
+
+def _axes(rows: Sequence[Row]) -> list[str]:
+    """As few columns as tell the configs apart, in the order in which people choose them."""
+    axes = ["tp", "pp", "micro_batch", "sharding"]
+    for more in ("dp", "grad_accum"):
+        if len({tuple(row[axis] for axis in axes) for row in rows}) < len(rows):
+            axes.append(more)
+    return axes
+
+
+SAMPLERS: dict[str, tuple[Search, bool]] = {
+    "ours": (search_ours, False),
+    "tpe": (search_optuna("tpe"), True),
+    "tpe-told": (search_optuna("tpe-told"), True),
+    "gp": (search_optuna("gp"), True),
+    "random": (search_random, True),
+}
+"""And whether a seed makes a difference."""
+
+
+def regrets(scenario: Scenario, launched: Launches, budget: int) -> Values:
+    """After 1 .. budget launches; who stopped early keeps what was found."""
+    measured = np.zeros(budget)
+    measured[: len(launched)] = scenario.throughput[launched]
+    return np.asarray(1 - np.maximum.accumulate(measured) / scenario.throughput.max())
+
+
+def replay(scenarios: Sequence[Scenario], samplers: Sequence[str], seeds: int, budget: int) -> dict[str, Any]:
+    """Every sampler on every scenario."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    report: dict[str, Any] = {}
+    for name in samplers:
+        search, seeded = SAMPLERS[name]
+        began = time.perf_counter()
+        runs = [
+            (scenario, search(scenario, seed, budget))
+            for scenario in scenarios
+            for seed in range(seeds if seeded else 1)
+        ]
+        report[name] = {**_summary(runs, budget), "seconds": round(time.perf_counter() - began, 1)}
+    return report
+
+
+def _summary(runs: Sequence[tuple[Scenario, Launches]], budget: int) -> dict[str, Any]:
+    curves = np.array([regrets(scenario, launched, budget) for scenario, launched in runs])
+    found: dict[str, Any] = {
+        f"regret_after_{mark}": round(float(curves[:, mark - 1].mean()), 4) for mark in MARKS if mark <= budget
+    }
+    for tolerance in TOLERANCES:
+        reached = curves <= tolerance
+        needed = np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, budget + 1)
+        for label, share in (("median", 0.5), ("p90", 0.9)):
+            launches = float(np.quantile(needed, share, method="higher"))
+            found[f"{label}_launches_to_{tolerance:.0%}"] = launches if launches <= budget else None
+        found[f"reached_{tolerance:.0%}"] = round(float(reached.any(axis=1).mean()), 4)
+    first = [(scenario, launched[:FAILURES_WITHIN]) for scenario, launched in runs]
+    total = sum(len(launched) for _, launched in first)
+    ooms = sum(scenario.is_oom(index) for scenario, launched in first for index in launched)
+    failed = sum(not scenario.throughput[index] for scenario, launched in first for index in launched)
+    found["oom_share"], found["failed_share"] = round(ooms / max(total, 1), 4), round(failed / max(total, 1), 4)
+    by_scenario: dict[str, list[Values]] = defaultdict(list)
+    for (scenario, _), curve in zip(runs, curves, strict=True):
+        by_scenario[scenario.name].append(curve)
+    found["scenarios"] = {
+        name: {
+            str(mark): round(float(np.mean([curve[mark - 1] for curve in several])), 4)
+            for mark in MARKS
+            if mark <= budget
+        }
+        for name, several in by_scenario.items()
+    }
+    return found
+
+
+def judge(found: dict[str, Any]) -> dict[str, bool]:
+    """Which gates a sampler passes; a number of launches that the budget does not reach is too many."""
+    return {gate: found[gate] is not None and found[gate] <= limit for gate, limit in GATES.items() if gate in found}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Plain lines."""
+    for name, found in report["samplers"].items():
+        print(f"\n{name}")
+        for key, value in found.items():
+            if key != "scenarios":
+                limit = f"  (gate {GATES[key]})" if key in GATES else ""
+                print(f"  {key:<28} {'beyond the budget' if value is None else value}{limit}")
+        for scenario, marks in found["scenarios"].items():
+            print(f"    {scenario:<32} " + "  ".join(f"{mark}: {value:.4f}" for mark, value in marks.items()))
+    print(f"\n{report['scenarios']} scenarios, {report['configs']} configs; gates of ours: {report.get('gates')}")
+
+
+def main() -> None:
+    """Print the comparison."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--grid", type=Path, required=True, metavar="FILE", help="CSV of measured configs")
+    parser.add_argument("--samplers", default="ours,tpe,gp,random", help=f"of {', '.join(SAMPLERS)}")
+    parser.add_argument("--seeds", type=int, default=3, help="of samplers that draw")
+    parser.add_argument("--budget", type=int, default=30, help="launches")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    arguments = parser.parse_args()
+    samplers = arguments.samplers.split(",")
+    unknown = sorted(set(samplers) - set(SAMPLERS))
+    if unknown:
+        parser.error(f"--samplers: found {', '.join(unknown)}; use some of {', '.join(SAMPLERS)}")
+    if arguments.seeds < 1 or arguments.budget < 1:
+        parser.error("--seeds and --budget are at least 1")
+    with arguments.grid.open(newline="", encoding="utf-8") as file:
+        scenarios = read_scenarios(csv.DictReader(file))
+    if not scenarios:
+        parser.error(f"{arguments.grid}: has no scenario with {SMALLEST_SCENARIO} configs of which ten ran")
+    report: dict[str, Any] = {
+        "grid": arguments.grid.name,
+        "scenarios": len(scenarios),
+        "configs": sum(len(scenario.rows) for scenario in scenarios),
+        "budget": arguments.budget,
+        "seeds": arguments.seeds,
+        "samplers": replay(scenarios, samplers, arguments.seeds, arguments.budget),
+    }
+    if "ours" in report["samplers"]:
+        report["gates"] = judge(report["samplers"]["ours"])
+    show(report)
+    if arguments.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Our sampler under `TuneSearch`: it finds the optimum of a small world in few launches, and never repeats itself."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autotune.predict.plan import Plan
+from autotune.search.plan_sampler import PlanSampler, candidates_of, features_of, observation
+from autotune.search.tune_search import TuneSearch
+from autotune.space.space import Space
+from autotune.spec.outcome import FailureKind, Measurement
+from autotune.store.store import SqlStore, open_store
+from autotune.study import Study
+from tests.samples import MIB, failure, measurement, sample_space, simulate
+from tests.search.test_tune_search import conditional_space, drive
+
+NUMBERS = {
+    "engine": "pytorch",
+    "precision": "bf16",
+    "zero_stage": 3,
+    "activation_checkpointing": "none",
+    "micro_batch_size": [1, 2, 8],
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqlStore]:
+    with open_store(f"sqlite:///{tmp_path}/a.db", create=True) as opened:
+        yield opened
+
+
+def needed(space: Space) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """What `simulate` will say."""
+    found = []
+    for config in space.candidates:
+        outcome = simulate(config)
+        size = outcome.peak_device_used_bytes if isinstance(outcome, Measurement) else outcome.requested_bytes
+        found.append(float(size or 0) * 60 / 40)  # it refuses above 40 of 60 MiB
+    return np.array(found)
+
+
+def a_plan(space: Space) -> Plan:
+    used = needed(space)
+    return Plan(space, used, np.full(len(used), 0.05), Counter(), None, None, None)
+
+
+def a_search(study: Study, plan: Plan) -> TuneSearch:
+    return TuneSearch(study, PlanSampler(study, plan, 0), 0)
+
+
+def best_of(space: Space) -> float:
+    outcomes = [simulate(config) for config in space.candidates]
+    return max(outcome.tokens_per_second_per_gpu for outcome in outcomes if isinstance(outcome, Measurement))
+
+
+def test_it_comes_near_the_optimum_in_a_few_launches(tmp_path: Path, store: SqlStore) -> None:
+    space = sample_space(tmp_path, baseline=..., budget={"trials": 12})
+    plan = a_plan(space)
+    study = Study.open(space, store, plan)
+    drive(a_search(study, plan))
+    best = study.best()
+    assert best is not None
+    assert best.measurement.tokens_per_second_per_gpu >= 0.95 * best_of(space)
+    assert study.counts.out_of_memory <= 2
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_every_candidate_that_may_fit_is_run_once(tmp_path: Path, store: SqlStore, at_once: int) -> None:
+    space = conditional_space(tmp_path, budget={"trials": 1000})
+    plan = a_plan(space)
+    study = Study.open(space, store, plan)
+    configs = drive(a_search(study, plan), at_once=at_once)
+    assert len(configs) == len(set(configs))
+    assert set(configs) == {space.candidates[int(at)] for at in study.worth_a_launch}
+
+
+def test_a_resumed_study_goes_on_from_what_is_stored(tmp_path: Path, store: SqlStore) -> None:
+    space = sample_space(tmp_path, baseline=..., budget={"trials": 12})
+    plan = a_plan(space)
+    before = drive(a_search(Study.open(space, store, plan), plan), limit=5)
+    after = drive(a_search(Study.open(space, store, plan), plan))
+    assert not set(before) & set(after)
+    assert len(before) + len(after) == 12
+
+
+def test_what_outcomes_teach() -> None:
+    seen = observation(3, measurement(used_bytes=50 * MIB))
+    assert seen is not None
+    assert (seen.candidate, seen.throughput, seen.peak_bytes) == (3, 1000.0, 50 * MIB)
+    ran_out = observation(3, failure())
+    assert ran_out is not None
+    assert ran_out.ran_out
+    for kind in (FailureKind.CRASH, FailureKind.INVALID_CONFIG, FailureKind.TIMEOUT):
+        failed = observation(3, failure(kind))
+        assert failed is not None
+        assert failed.failed
+    for kind in (FailureKind.NODE_LOST, FailureKind.WORKER_LOST, FailureKind.INTERRUPTED):
+        assert observation(3, failure(kind)) is None
+
+
+def test_features_tell_all_candidates_apart_and_are_in_doublings(tmp_path: Path) -> None:
+    space = conditional_space(tmp_path)
+    features = features_of(space)
+    assert len(np.unique(features, axis=0)) == len(space.candidates)
+    space = sample_space(tmp_path, baseline=..., search=NUMBERS)
+    assert features_of(space)[:, 0].tolist() == [0.0, 1.0, 3.0]
+
+
+def test_what_cannot_be_predicted_is_uncertain_and_not_left_out(tmp_path: Path) -> None:
+    space = sample_space(tmp_path)
+    plan = a_plan(space)
+    plan.device_used_bytes[:3] = np.nan
+    found = candidates_of(plan)
+    assert (found.peak_deviation[:3] > found.peak_deviation[3]).all()
+    assert np.isfinite(found.peak_bytes).all()
