@@ -8,7 +8,7 @@ rebuilt from the store, which is the only truth: kill the process at any moment 
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -187,7 +187,7 @@ class Study:
         if config is None:
             return None
         source = self._sources.setdefault(config, "baseline" if config == self.space.baseline else "search")
-        if config not in self._numbers and self.forecast is not None:
+        if config not in self._numbers and config not in self._predictions and self.forecast is not None:
             prediction = self.forecast.of(config)
             if prediction is not None:
                 self._predictions[config] = prediction
@@ -199,6 +199,13 @@ class Study:
         for observer in self.observers:
             observer.started(attempt)
         return attempt
+
+    def explain(self, config: TrialConfig, proposal: dict[str, float | int | None]) -> None:
+        """Keep why a config that is about to run was proposed, with its prediction, if it has one."""
+        if self.forecast is not None and config not in self._numbers:
+            prediction = self.forecast.of(config)
+            if prediction is not None:
+                self._predictions[config] = replace(prediction, proposal=proposal)
 
     def record(self, attempt: Attempt, outcome: Outcome) -> None:
         """Store how an attempt ended and decide whether its config is run again."""

@@ -70,7 +70,7 @@ RESERVED_DEVIATION = 0.08
 (`predict.layouts.DEVIATION`)."""
 
 _PROFILE = "nanotron-checked"
-_KEYS = ("tp", "pp", "dp", "micro_batch", "grad_accum", "sharding")
+_COUNTS = ("tp", "pp", "dp", "micro_batch", "grad_accum")
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def read_scenarios(rows: Iterable[Row]) -> list[Scenario]:
         if not row["global_batch"] or float(row["global_batch"]) != GLOBAL_BATCH:
             continue
         grid = grids[row["model"], row["kv_heads"], row["vocab"], row["n_gpus"]]
-        config = tuple(row[key] for key in _KEYS)
+        row = row | {key: str(int(float(row[key]))) for key in _COUNTS}  # some tables write 16 as 16.0
+        config = tuple(row[key] for key in (*_COUNTS, "sharding"))
         if config not in grid or _precedence(row) > _precedence(grid[config]):
             grid[config] = row
     found = []

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autotune.cli.options import DEFAULT_STORE, JsonOption, StoreOption, StudyArgument, print_json
-from autotune.errors import NothingFeasibleError, StoreError
+from autotune.errors import NothingFeasibleError, StoreError, UsageError
 
 
 def studies(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
@@ -34,12 +34,13 @@ def studies(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> 
 def show(
     study: StudyArgument,
     trial: Annotated[int | None, typer.Argument(metavar="[TRIAL]", help="One trial in full.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="Why the sampler launched the trial.")] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
     """List a study's trials, or show one of them in full."""
     from autotune.report.documents import trial_document
-    from autotune.report.terminal import trial_table
+    from autotune.report.terminal import trial_table, why_text
     from autotune.results import standing_results
     from autotune.store.store import open_store
     from autotune.study import Study
@@ -51,6 +52,11 @@ def show(
             raise StoreError(f"study {study!r} has no trial {trial}; it has {len(trials)} trials")
         if as_json:
             print_json({"study": study, "trials": [trial_document(record) for record in chosen]})
+            return
+        if why:
+            if trial is None:
+                raise UsageError("--why explains one trial; name it, as in `autotune show STUDY 7 --why`")
+            Console().print(why_text(chosen[0]), soft_wrap=True)
             return
         if trial is not None:
             Console().print_json(json.dumps(trial_document(chosen[0])))

@@ -18,6 +18,7 @@ from rich.text import Text
 from autotune.results import Result
 from autotune.space.space import Space
 from autotune.spec.outcome import Failure, Measurement, Outcome
+from autotune.spec.record import TrialRecord
 from autotune.study import Attempt, Study
 from autotune.units import format_bytes, format_rate, format_seconds
 
@@ -96,6 +97,29 @@ def trial_table(rows: Iterable[Result], study: Study) -> Table:
             cells.append(format_bytes(prediction.device_used_bytes) if prediction is not None else "")
         table.add_row(*cells, Text(config.describe() + mark))
     return table
+
+
+def why_text(trial: TrialRecord) -> str:
+    """Why a trial was launched, in one sentence."""
+    name = f"Trial {trial.number}, {trial.config.describe()},"
+    if trial.source == "baseline":
+        return f"{name} is the baseline of the file."
+    if trial.prediction is None or (found := trial.prediction.proposal) is None:
+        return f"{name} was chosen by a sampler that gives no reasons, or before reasons were kept."
+    speed, spread = found["throughput"] or 0.0, found["throughput_deviation"] or 0.0
+    words = [f"{name} was expected to reach {format_rate(speed)} tokens/s/GPU, give or take {spread:.0%}"]
+    if found["best_throughput"] is None and trial.prediction.tokens_per_second_per_gpu is None:
+        words = [f"{name} was chosen before anything was measured, where speed is not predicted"]
+    elif found["best_throughput"] is None:
+        words.append("before anything was measured that fits")
+    else:
+        words.append(f"where the best so far had {format_rate(found['best_throughput'])}")
+        words.append(f"so that a launch promised a gain of {found['expected_gain'] or 0.0:.1%}")
+    words.append(
+        f"it fits with probability {found['fit_probability']:.2f} and runs with {found['run_probability']:.2f}"
+    )
+    words.append(f"by expected speed it was number {found['rank_by_throughput']} of those not yet launched")
+    return ", ".join(words) + "."
 
 
 def ledger_text(study: Study) -> str:

@@ -43,7 +43,7 @@ Values = NDArray[np.float64]
 Floats = NDArray[np.float32] | NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-# Widths of the prior. All are judgement, made before any search was run with them.
+# Widths of the prior. All are judgement; none was fitted to how well a search went.
 BIAS_DEVIATION = 0.3
 """Of the logarithm of all throughputs together: `predict.calibration` has 0.2 to 0.3 for a nominal constant."""
 AXIS_DEVIATION = 0.1
@@ -87,7 +87,7 @@ _SWEEPS = 8
 _DAMPING = 0.8
 _NEAR_ROWS = 128
 """Observations of memory that are kept: those next to the capacity, which decide."""
-_BOUND_ROWS = 48
+_BOUND_ROWS = 32
 """Observations that bound a variance from above: the fewer are known, the larger it is."""
 _CHUNK = 2048
 _BLOCK = 512
@@ -615,7 +615,7 @@ def _axis_columns(features: Values) -> Values:
 
 
 def _fit(parts: Sequence[Values], values: Values, noise: Values, doubt: Values, start: Values) -> Values:
-    """The most probable multiples of the widths of three parts and of the noise, one after the other, twice.
+    """The most probable multiples of the widths of three parts and of the noise, one after the other.
 
     Args:
         parts: covariances of M observations at multiples of 1.
@@ -625,7 +625,7 @@ def _fit(parts: Sequence[Values], values: Values, noise: Values, doubt: Values, 
         start: multiples to begin at (4,).
     """
     found = start.copy()
-    for index in (0, 2, 1, 3) * 2:
+    for index in (0, 2, 1, 3):
         choices = np.array(NOISE_MULTIPLES if index == 3 else MULTIPLES)
         grid = np.tile(found, (len(choices), 1))
         grid[:, index] = choices
@@ -675,14 +675,15 @@ def _pivots(covariance: Values, precision: Values, count: int) -> Indices:
         return np.arange(len(covariance))
     left = np.diag(covariance).copy()
     rows = np.zeros((count, len(covariance)))
-    chosen: list[int] = []
+    chosen = np.zeros(count, np.int64)
     for step in range(count):
-        pivot = int(np.argmax(np.where(np.isin(np.arange(len(left)), chosen), -1.0, left)))
+        left[chosen[:step]] = -1.0
+        pivot = int(np.argmax(left))
         row = covariance[pivot] - rows[:step, pivot] @ rows[:step]
         rows[step] = row / np.sqrt(max(left[pivot] + 1 / precision[pivot], 1e-12))
         left = np.maximum(left - rows[step] ** 2, 0.0)
-        chosen.append(pivot)
-    return np.array(chosen, np.int64)
+        chosen[step] = pivot
+    return chosen
 
 
 def _solve(factor: NDArray[np.floating[Any]], right: Values, *, transposed: bool = False) -> Values:

@@ -4,6 +4,7 @@ What was predicted is the prior, every outcome of the study corrects it (`autotu
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class PlanSampler(BaseSampler):
     def __init__(self, study: Study, plan: Plan, seed: int) -> None:
         self._study, self._space = study, plan.space
         self._search = ExpectedImprovement(candidates_of(plan))
+        self._timed = plan.times is not None
         self._random = RandomSampler(seed=seed)
         self.proposal: Proposal | None = None
         """The last one, and why it was made."""
@@ -60,10 +62,21 @@ class PlanSampler(BaseSampler):
             for _, config, outcome in self._study.results
             if config in self._space and (found := observation(candidates.index(config), outcome)) is not None
         ]
+        # Where nothing says how fast candidates are, what was measured says it of all alike.
+        speeds = [one.throughput for one in observed if one.throughput is not None]
+        scale = 1.0 if self._timed or not speeds else float(np.exp(np.mean(np.log(speeds))))
+        observed = [replace(one, throughput=one.throughput and one.throughput / scale) for one in observed]
         pending = [candidates.index(config) for config in self._study.unsettled if config in self._space]
-        self.proposal = self._search.propose(observed, pending)
-        if self.proposal is None:
+        proposal = self._search.propose(observed, pending)
+        if proposal is None:
+            self.proposal = None
             return {}
+        self.proposal = replace(
+            proposal,
+            predicted_throughput=proposal.predicted_throughput * scale,
+            throughput=proposal.throughput * scale,
+            best_throughput=proposal.best_throughput and proposal.best_throughput * scale,
+        )
         values = self._space.values(candidates[self.proposal.candidate])
         return {axis: values[axis] for axis in search_space}
 

@@ -4,6 +4,7 @@ Ray Tune asks `suggest` for the next trial and reports its end to `on_trial_comp
 what really runs and stores what came of it.
 """
 
+import dataclasses
 import json
 import random
 from typing import Any
@@ -15,6 +16,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from autotune.results import UNSTABLE
+from autotune.search.plan_sampler import PlanSampler
 from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase, outcome_from_dict
@@ -41,7 +43,7 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
 
     def __init__(self, study: Study, sampler: optuna.samplers.BaseSampler, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._study = study
+        self._study, self._chooser = study, sampler
         self._tune_space = study.space
         self._attempts: dict[str, Attempt] = {}
         self._drawn: optuna.Trial | None = None
@@ -110,6 +112,8 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
             config = self._config(trial.params)
             if self._is_new(config):
                 self._drawn = trial
+                if isinstance(self._chooser, PlanSampler) and self._chooser.proposal is not None:
+                    self._study.explain(config, dataclasses.asdict(self._chooser.proposal))
                 return config
             # FAIL is the one state that no sampler learns from.
             self._ot_study.tell(trial, state=TrialState.FAIL)

@@ -65,6 +65,9 @@ class Prediction:
     """Standard deviation of `device_used_bytes`, as a ratio of it."""
     tokens_per_second_per_gpu: float | None = None
     """None where the hardware's speed is not known."""
+    proposal: dict[str, float | int | None] | None = None
+    """What the sampler expected after the trials before it (`autotune.search.expected_improvement.Proposal`); None
+    where another sampler, or the file, chose the trial."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` reads it back."""

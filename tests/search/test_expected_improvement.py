@@ -352,3 +352,15 @@ def test_a_candidate_may_be_observed_more_than_once(repeated: Make) -> None:
     proposal = ExpectedImprovement(world.candidates).propose([world.run(5), repeated(world), world.run(6)])
     assert proposal is not None
     assert proposal.candidate not in (5, 6)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_memory_that_is_predicted_to_the_byte_is_believed(at_once: int) -> None:
+    world = a_world(4)
+    world = replace(world, candidates=replace(world.candidates, peak_deviation=np.zeros(150)))
+    proposals = drive(world, 30, at_once)
+    assert not any(world.run(proposal.candidate).ran_out for proposal in proposals)
+    contradicted = [Observed(candidate=proposal.candidate, ran_out=True) for proposal in proposals[:5]]
+    following = ExpectedImprovement(world.candidates).propose(contradicted)
+    assert following is not None
+    assert np.isfinite(following.score)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from autotune.predict.plan import Plan
+from autotune.report.terminal import why_text
 from autotune.search.plan_sampler import PlanSampler, candidates_of, features_of, observation
 from autotune.search.tune_search import TuneSearch
 from autotune.space.space import Space
@@ -116,3 +117,17 @@ def test_what_cannot_be_predicted_is_uncertain_and_not_left_out(tmp_path: Path) 
     found = candidates_of(plan)
     assert (found.peak_deviation[:3] > found.peak_deviation[3]).all()
     assert np.isfinite(found.peak_bytes).all()
+
+
+def test_the_store_keeps_why_each_trial_was_launched(tmp_path: Path, store: SqlStore) -> None:
+    space = sample_space(tmp_path, budget={"trials": 4})
+    plan = a_plan(space)
+    drive(a_search(Study.open(space, store, plan), plan))
+    baseline, first, *later = store.trials(space.name)
+    assert why_text(baseline).endswith("is the baseline of the file.")
+    assert first.prediction is not None
+    assert first.prediction.proposal is not None
+    assert first.prediction.proposal["best_throughput"] is not None  # the baseline's
+    for trial in (first, *later):
+        assert "tokens/s/GPU" in why_text(trial)
+        assert "it fits with probability" in why_text(trial)
