@@ -18,6 +18,7 @@ from autotune.predict.roofline import TimePart
 from autotune.results import UNSTABLE
 from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, Proposal, step_unknowns
 from autotune.space.space import Space
+from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import FailureKind, Measurement, Outcome
 from autotune.study import Study
 
@@ -38,7 +39,8 @@ class PlanSampler(BaseSampler):
 
     def __init__(self, study: Study, plan: Plan, seed: int) -> None:
         self._study, self._space = study, plan.space
-        self._search = ExpectedImprovement(candidates_of(plan))
+        self._left = study.worth_a_launch
+        self._search = ExpectedImprovement(candidates_of(plan, self._left))
         self._timed = plan.times is not None
         self._random = RandomSampler(seed=seed)
         self.proposal: Proposal | None = None
@@ -56,17 +58,16 @@ class PlanSampler(BaseSampler):
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the best candidate; none where no candidate is left that may fit."""
-        candidates = self._space.candidates
         observed = [
             found
             for _, config, outcome in self._study.results
-            if config in self._space and (found := observation(candidates.index(config), outcome)) is not None
+            if (at := self._place(config)) is not None and (found := observation(at, outcome)) is not None
         ]
         # Where nothing says how fast candidates are, what was measured says it of all alike.
         speeds = [one.throughput for one in observed if one.throughput is not None]
         scale = 1.0 if self._timed or not speeds else float(np.exp(np.mean(np.log(speeds))))
         observed = [replace(one, throughput=one.throughput and one.throughput / scale) for one in observed]
-        pending = [candidates.index(config) for config in self._study.unsettled if config in self._space]
+        pending = [at for config in self._study.unsettled if (at := self._place(config)) is not None]
         proposal = self._search.propose(observed, pending)
         if proposal is None:
             self.proposal = None
@@ -77,8 +78,16 @@ class PlanSampler(BaseSampler):
             throughput=proposal.throughput * scale,
             best_throughput=proposal.best_throughput and proposal.best_throughput * scale,
         )
-        values = self._space.values(candidates[self.proposal.candidate])
+        values = self._space.values(self._space.candidates[int(self._left[proposal.candidate])])
         return {axis: values[axis] for axis in search_space}
+
+    def _place(self, config: TrialConfig) -> int | None:
+        """Where a config is among the candidates that are worth a launch; None for any other."""
+        if config not in self._space:
+            return None
+        at = self._space.candidates.index(config)
+        place = int(np.searchsorted(self._left, at))
+        return place if place < len(self._left) and self._left[place] == at else None
 
     def sample_independent(
         self,
@@ -91,25 +100,27 @@ class PlanSampler(BaseSampler):
         return self._random.sample_independent(study, trial, param_name, param_distribution)
 
 
-def candidates_of(plan: Plan) -> Candidates:
-    """What a plan knows of its candidates, in columns."""
-    space, count = plan.space, len(plan.device_used_bytes)
-    unknown = np.isnan(plan.device_used_bytes)
+def candidates_of(plan: Plan, left: NDArray[np.int64]) -> Candidates:
+    """What a plan knows of some of its candidates, in columns."""
+    space, count = plan.space, len(left)
+    used, deviations = plan.device_used_bytes[left], plan.deviations[left]
+    unknown = np.isnan(used)
     shares, unknowns, throughput = np.zeros((count, 0)), np.zeros((0, 0)), np.ones(count)
     if plan.times is not None:
         parts: Sequence[TimePart] = list(plan.times.parts)
-        seconds = np.stack([plan.times.parts[part] for part in parts], axis=1)
-        shares, unknowns = seconds / plan.times.step_seconds[:, None], step_unknowns(parts)
-        throughput = plan.times.tokens_per_second_per_gpu
+        times = plan.times.of(left)
+        seconds = np.stack([times.parts[part] for part in parts], axis=1)
+        shares, unknowns = seconds / times.step_seconds[:, None], step_unknowns(parts)
+        throughput = times.tokens_per_second_per_gpu
     return Candidates(
-        features=features_of(space),
+        features=features_of(space)[left],
         throughput=throughput,
         shares=shares,
         unknowns=unknowns,
-        peak_bytes=np.where(unknown, 0.5 * space.usable_bytes, plan.device_used_bytes),
-        peak_deviation=np.where(unknown, UNKNOWN_DEVIATION, plan.deviations),
+        peak_bytes=np.where(unknown, 0.5 * space.usable_bytes, used),
+        peak_deviation=np.where(unknown, UNKNOWN_DEVIATION, deviations),
         capacity_bytes=space.usable_bytes,
-        cost=np.array(space.axes["gpus"], float)[space.columns["gpus"]],
+        cost=np.array(space.axes["gpus"], float)[space.columns["gpus"][left]],
     )
 
 
