@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from autotune.cli.main import app
+from autotune.errors import UsageError
 from tests.cli.test_cli import autotune, error_of
 from tests.samples import space_text
 
@@ -76,9 +79,13 @@ def test_one_config_explained(space: Path) -> None:
     assert set(levers) == {("zero_stage", 1), ("micro_batch_size", 4)}
     assert "does not exist" in levers["zero_stage", 1]["reason"]
     assert levers["micro_batch_size", 4]["device_used_bytes"] > document["device_used_bytes"]
-    shown = autotune("plan", str(space), "--explain", "baseline").stdout
-    assert "pytorch zero-3 bf16 mb 4 ckpt full needs" in shown
-    assert "micro_batch_size 1" in shown
+
+
+def test_one_config_explained_in_words(space: Path) -> None:
+    run = CliRunner().invoke(app, ["plan", str(space), "--explain", "baseline"])
+    assert run.exit_code == 0
+    assert "pytorch zero-3 bf16 mb 4 ckpt full needs" in run.output
+    assert "micro_batch_size 1" in run.output
 
 
 @pytest.mark.parametrize(
@@ -94,9 +101,10 @@ def test_one_config_explained(space: Path) -> None:
     ],
 )
 def test_a_config_that_is_none(space: Path, stated: str, words: str) -> None:
-    run = autotune("plan", str(space), "--explain", stated)
-    assert run.returncode == 2
-    assert words in error_of(run)
+    run = CliRunner().invoke(app, ["plan", str(space), "--explain", stated])
+    assert isinstance(run.exception, UsageError)
+    assert run.exception.exit_code == 2
+    assert words in str(run.exception)
 
 
 def test_a_plan_needs_to_know_the_hardware(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def traced_peak(request: TrialRequest, rank: int = 0) -> int:
     [
         pytest.param(request, id=request.trial_id, marks=[pytest.mark.slow] if dear else [])
         for dear, request in [
-            (False, a_request("pytorch", 0)),
+            (True, a_request("pytorch", 0)),
             (True, a_request("pytorch", 0, "fp32", "full", accumulation=1)),
             (True, a_request("pytorch", 0, "fp16", "full", 1)),
             (True, a_request("pytorch", 2, "bf16", "full")),
@@ -124,7 +124,7 @@ def traced_peak(request: TrialRequest, rank: int = 0) -> int:
             (False, a_request("deepspeed", 2, "bf16")),
             (True, a_request("deepspeed", 2, "fp32", "full", 4)),
             (True, a_request("deepspeed", 2, "bf16", offload="optimizer")),
-            (False, a_request("deepspeed", 3, "bf16", "full")),
+            (True, a_request("deepspeed", 3, "bf16", "full")),
             (True, a_request("deepspeed", 3, "fp32", accumulation=1)),
             (True, a_request("deepspeed", 3, "bf16", offload="optimizer+parameters")),
         ]

@@ -81,6 +81,7 @@ def test_every_candidate_is_predicted_as_by_itself(tmp_path: Path) -> None:
     assert (again.device_used_bytes == plan.device_used_bytes).all()
 
 
+@pytest.mark.slow
 def test_on_gpus_a_plan_adds_what_the_allocator_and_the_context_take(tmp_path: Path) -> None:
     cluster = {"nodes": 1, "gpus_per_node": 2, "gpu": "H100-80GB"}
     search = PLAIN | {"zero_stage": 3, "activation_checkpointing": "full", "micro_batch_size": [2, 4]}
