@@ -516,7 +516,7 @@ class _View:
             correlation = self._search._correlation(rows, self._at)
             sums[rows] = correlation @ self._weights
             seen = self._judge(rows, correlation, sums[rows], bound=True)
-            bounds[rows], logs[rows] = seen.scores, seen.logs
+            bounds[rows], logs[rows] = seen.worth, seen.logs
         bounds[self._taken] = -np.inf
         winner, top = -1, -np.inf
         left = np.flatnonzero(bounds > -np.inf)
@@ -525,7 +525,7 @@ class _View:
             block = np.sort(left[few])
             correlation = self._search._correlation(block, self._at)
             seen = self._judge(block, correlation, sums[block])
-            scores = np.where(seen.log_fits < np.log(LEAST_FIT_PROBABILITY), -np.inf, seen.scores)
+            scores = seen.worth
             if scores.max() > top:
                 winner, top = int(block[np.argmax(scores)]), float(scores.max())
             bounds[block] = -np.inf
@@ -564,6 +564,11 @@ class _Judgement:
     log_runs: Values
     log_gain: Values
     scores: Values
+
+    @property
+    def worth(self) -> Values:
+        """The score, of what may fit at all."""
+        return np.where(self.log_fits < np.log(LEAST_FIT_PROBABILITY), -np.inf, self.scores)
 
     @property
     def log_success(self) -> Values:

@@ -12,11 +12,19 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from autotune.predict.plan import Plan
 from autotune.predict.roofline import TimePart
 from autotune.results import UNSTABLE
-from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, Proposal, step_unknowns
+from autotune.search.expected_improvement import (
+    MEMORY_NOISE,
+    Candidates,
+    ExpectedImprovement,
+    Observed,
+    Proposal,
+    step_unknowns,
+)
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import FailureKind, Measurement, Outcome
@@ -24,6 +32,8 @@ from autotune.study import Study
 
 UNKNOWN_DEVIATION = 1.0
 """Of the memory of a candidate that cannot be predicted, as a ratio; half of the device is taken for its mean."""
+RESERVED_DEVIATION = 0.08
+"""Of what is used as a measure of what is needed, where an allocator keeps what it could give back."""
 FAILED = UNSTABLE | {FailureKind.INVALID_CONFIG, FailureKind.HOST_OUT_OF_MEMORY, FailureKind.TIMEOUT}
 """Failures that make a config's neighbours suspect."""
 
@@ -42,6 +52,7 @@ class PlanSampler(BaseSampler):
         self._left = study.worth_a_launch
         self._search = ExpectedImprovement(candidates_of(plan, self._left))
         self._timed = plan.times is not None
+        self._libraries = ThreadpoolController()
         self._random = RandomSampler(seed=seed)
         self.proposal: Proposal | None = None
         """The last one, and why it was made."""
@@ -68,7 +79,9 @@ class PlanSampler(BaseSampler):
         scale = 1.0 if self._timed or not speeds else float(np.exp(np.mean(np.log(speeds))))
         observed = [replace(one, throughput=one.throughput and one.throughput / scale) for one in observed]
         pending = [at for config in self._study.unsettled if (at := self._place(config)) is not None]
-        proposal = self._search.propose(observed, pending)
+        # Many small triangular systems: threads would wait for each other longer than they work.
+        with self._libraries.limit(limits=1, user_api="blas"):
+            proposal = self._search.propose(observed, pending)
         if proposal is None:
             self.proposal = None
             return {}
@@ -147,10 +160,12 @@ def features_of(space: Space) -> NDArray[np.float64]:
 def observation(candidate: int, outcome: Outcome) -> Observed | None:
     """What an outcome teaches about its candidate; None where it teaches nothing."""
     if isinstance(outcome, Measurement):
+        cached = outcome.peak_memory_reserved_bytes > outcome.peak_memory_allocated_bytes
         return Observed(
             candidate=candidate,
             throughput=outcome.tokens_per_second_per_gpu,
             peak_bytes=float(outcome.peak_device_used_bytes),
+            peak_deviation=RESERVED_DEVIATION if cached else MEMORY_NOISE,
         )
     if outcome.kind is FailureKind.OUT_OF_MEMORY:
         return Observed(candidate=candidate, ran_out=True)
