@@ -1,6 +1,6 @@
 """How many launches does a sampler need? Replays measured grids: whatever it proposes was run once, by someone else.
 
-    python benchmarks/replay.py --grid FILE.csv [--samplers ours,tpe,gp,random] [--seeds N] [--budget 30] [--json]
+    python benchmarks/replay.py --grid FILE.csv [--samplers plan,tpe,gp,random] [--seeds N] [--budget 30] [--json]
 
 FILE has the columns of `nanotron_bench_final2.csv`, the Ultra-Scale Playbook's sweep. A scenario is (model, key heads,
 vocabulary, GPUs) at a global batch of 256 with at least 50 configs, ten of which ran. Of a config's repeats the one
@@ -10,13 +10,13 @@ Every launch costs the same, failures too. Regret after n launches is 1 - best m
 while nothing was measured. Launches to 5 % are those after which regret is at most 0.05; quantiles are over scenarios
 and seeds, and a run that never gets there within the budget counts as longer than any.
 
-- `ours`: `autotune.search.expected_improvement` over the predictions of `autotune.predict` (profile nanotron-checked),
+- `plan`: `autotune.search.expected_improvement` over the predictions of `autotune.predict` (profile nanotron-checked),
   the same constants for every scenario; no seed. Like a study, it is not offered what the trainer refuses to start:
   sizes that do not divide, and fewer micro-batches than stages less one (huggingface/nanotron,
   parallel/pipeline_parallel/engine.py).
 - `tpe`, `gp`: Optuna's, as `autotune tune --sampler` builds them: memory as a constraint, failures as infeasible with
   the worst value, proposals outside the grid or already launched redrawn and, after some redraws, replaced at random.
-  They know no predictions; `tpe-told` is offered the same candidates as ours, less what is predicted not to fit.
+  They know no predictions; `tpe-told` is offered the same candidates as `plan`, less what is predicted not to fit.
 - `random`: uniform without replacement.
 """
 
@@ -36,6 +36,7 @@ import optuna
 from foreign import nanotron_case  # type: ignore[import-not-found]  # a script's neighbour
 from foreign_time import cluster_of, layout_of  # type: ignore[import-not-found]
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from autotune.predict.cases import MEMORY_HEADROOM
 from autotune.predict.layout_times import STEP_PROFILES, Layouts, predict_layouts
@@ -184,7 +185,7 @@ Search = Callable[[Scenario, int, int], Launches]
 """Scenario, seed and budget to the configs launched, in order."""
 
 
-def search_ours(scenario: Scenario, seed: int, budget: int) -> Launches:
+def search_plan(scenario: Scenario, seed: int, budget: int) -> Launches:
     """Expected improvement over the predictions."""
     search, observed, launched = ExpectedImprovement(scenario.candidates), list[Observed](), list[int]()
     for _ in range(budget):
@@ -271,7 +272,7 @@ def _axes(rows: Sequence[Row]) -> list[str]:
 
 
 SAMPLERS: dict[str, tuple[Search, bool]] = {
-    "ours": (search_ours, False),
+    "plan": (search_plan, False),
     "tpe": (search_optuna("tpe"), True),
     "tpe-told": (search_optuna("tpe-told"), True),
     "gp": (search_optuna("gp"), True),
@@ -349,14 +350,14 @@ def show(report: dict[str, Any]) -> None:
                 print(f"  {key:<28} {'beyond the budget' if value is None else value}{limit}")
         for scenario, marks in found["scenarios"].items():
             print(f"    {scenario:<32} " + "  ".join(f"{mark}: {value:.4f}" for mark, value in marks.items()))
-    print(f"\n{report['scenarios']} scenarios, {report['configs']} configs; gates of ours: {report.get('gates')}")
+    print(f"\n{report['scenarios']} scenarios, {report['configs']} configs; gates of plan: {report.get('gates')}")
 
 
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--grid", type=Path, required=True, metavar="FILE", help="CSV of measured configs")
-    parser.add_argument("--samplers", default="ours,tpe,gp,random", help=f"of {', '.join(SAMPLERS)}")
+    parser.add_argument("--samplers", default="plan,tpe,gp,random", help=f"of {', '.join(SAMPLERS)}")
     parser.add_argument("--seeds", type=int, default=3, help="of samplers that draw")
     parser.add_argument("--budget", type=int, default=30, help="launches")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -371,16 +372,18 @@ def main() -> None:
         scenarios = read_scenarios(csv.DictReader(file))
     if not scenarios:
         parser.error(f"{arguments.grid}: has no scenario with {SMALLEST_SCENARIO} configs of which ten ran")
+    with threadpool_limits(limits=1, user_api="blas"):  # as `autotune.search.plan_sampler` holds it
+        found = replay(scenarios, samplers, arguments.seeds, arguments.budget)
     report: dict[str, Any] = {
         "grid": arguments.grid.name,
         "scenarios": len(scenarios),
         "configs": sum(len(scenario.rows) for scenario in scenarios),
         "budget": arguments.budget,
         "seeds": arguments.seeds,
-        "samplers": replay(scenarios, samplers, arguments.seeds, arguments.budget),
+        "samplers": found,
     }
-    if "ours" in report["samplers"]:
-        report["gates"] = judge(report["samplers"]["ours"])
+    if "plan" in report["samplers"]:
+        report["gates"] = judge(report["samplers"]["plan"])
     show(report)
     if arguments.json:
         print(json.dumps(report))

@@ -107,7 +107,7 @@ def test_regret_is_one_while_nothing_was_measured_and_never_rises(replay: Any) -
     assert not replay.judge(found)["median_launches_to_5%"]
 
 
-@pytest.mark.parametrize("name", ["ours", "tpe", "tpe-told", "random"])
+@pytest.mark.parametrize("name", ["plan", "tpe", "tpe-told", "random"])
 def test_no_sampler_launches_a_config_twice(replay: Any, name: str) -> None:
     (scenario,) = replay.read_scenarios(grid())
     search, seeded = replay.SAMPLERS[name]
@@ -117,12 +117,12 @@ def test_no_sampler_launches_a_config_twice(replay: Any, name: str) -> None:
     assert seeded == (search(scenario, 1, 20) != launched)
 
 
-def test_what_the_trainer_refuses_is_not_offered_to_ours(replay: Any) -> None:
+def test_what_the_trainer_refuses_is_not_offered_to_plan(replay: Any) -> None:
     deep = [row(1, 16, 8, zero, grad_accum=8, dp=1) for zero in (0, 1)]
     (scenario,) = replay.read_scenarios([*grid(), *deep])
     assert len(scenario.rows) == 66
     assert len(scenario.startable) == 64
-    assert all(scenario.rows[at]["pp"] != "16" for at in replay.search_ours(scenario, 0, 64))
+    assert all(scenario.rows[at]["pp"] != "16" for at in replay.search_plan(scenario, 0, 64))
 
 
 def test_the_report_is_the_last_line(tmp_path: Path) -> None:
@@ -132,12 +132,12 @@ def test_the_report_is_the_last_line(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows(grid())
     command = [sys.executable, str(BENCHMARKS / "replay.py"), "--grid", str(path)]
-    run = subprocess.run([*command, "--samplers", "ours,random", "--budget", "10", "--json"], capture_output=True)
+    run = subprocess.run([*command, "--samplers", "plan,random", "--budget", "10", "--json"], capture_output=True)
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
-    assert set(report["samplers"]) == {"ours", "random"}
-    assert report["samplers"]["ours"]["regret_after_10"] <= 0.05
-    assert "regret_after_15" not in report["samplers"]["ours"]
+    assert set(report["samplers"]) == {"plan", "random"}
+    assert report["samplers"]["plan"]["regret_after_10"] <= 0.05
+    assert "regret_after_15" not in report["samplers"]["plan"]
     assert "regret_after_5" in report["gates"]
     wrong = subprocess.run([*command, "--samplers", "best"], capture_output=True, text=True)
     assert wrong.returncode == 2
