@@ -40,6 +40,9 @@ SURE = 0.01
 KEY_DEVIATION = 0.02
 """A ratio: how far a peak may be off when DeepSpeed keys have other values than those that it was traced with whole."""
 
+MAX_WORKERS = 16
+"""Processes that trace at the same time; each has the libraries in memory, about half a GiB."""
+
 OnTraced = Callable[[int, int], None]
 """Told how many structures of how many are traced."""
 
@@ -384,7 +387,7 @@ def trace_structures(names: Iterable[str], on_traced: OnTraced = lambda done, to
     on_traced(0, len(missing))
     # In processes of their own: a trace takes the process group and changes libraries meanwhile. Not forked, because
     # this process may have threads.
-    workers = min(len(missing), len(os.sched_getaffinity(0)))
+    workers = min(len(missing), len(os.sched_getaffinity(0)), MAX_WORKERS)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare) as pool:
         running = {pool.submit(_trace, name): name for name in missing}
         try:
