@@ -125,6 +125,7 @@ def test_what_the_trainer_refuses_is_not_offered_to_plan(replay: Any) -> None:
     assert all(scenario.rows[at]["pp"] != "16" for at in replay.search_plan(scenario, 0, 64))
 
 
+@pytest.mark.slow
 def test_the_report_is_the_last_line(tmp_path: Path) -> None:
     path = tmp_path / "grid.csv"
     with path.open("w", newline="") as file:

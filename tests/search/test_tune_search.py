@@ -33,6 +33,10 @@ CONDITIONAL = {
 }
 
 
+OPTUNAS = [SamplerName.TPE, SamplerName.GP, SamplerName.RANDOM]
+"""Ours needs a plan: tests/search/test_plan_sampler.py."""
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqlStore]:
     with open_store(f"sqlite:///{tmp_path}/a.db", create=True) as opened:
@@ -112,13 +116,13 @@ def test_what_surely_does_not_fit_is_never_proposed(tmp_path: Path, store: SqlSt
     assert len(again.ledger.errors) == again.counts.complete
 
 
-@pytest.mark.parametrize("sampler", list(SamplerName))
+@pytest.mark.parametrize("sampler", OPTUNAS)
 def test_the_budget_holds_with_trials_running(tmp_path: Path, store: SqlStore, sampler: SamplerName) -> None:
     study = Study.open(sample_space(tmp_path, budget={"trials": 10}), store)
     assert len(drive(search_of(study, sampler), at_once=4)) == 10
 
 
-@pytest.mark.parametrize("sampler", list(SamplerName))
+@pytest.mark.parametrize("sampler", OPTUNAS)
 def test_a_resumed_search_knows_what_the_store_knows(tmp_path: Path, store: SqlStore, sampler: SamplerName) -> None:
     space = sample_space(tmp_path, budget={"trials": 12})
     first = search_of(Study.open(space, store), sampler)
