@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import least_squares  # type: ignore[import-untyped]
+from scipy.optimize import least_squares
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from autotune.spec.cluster import find_gpu

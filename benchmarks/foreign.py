@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.commands.estimate import estimate_training_usage
-from foreign_time import mpt_time, nanotron_time, vtrain_time  # type: ignore[import-not-found]  # a script's neighbour
+from foreign_time import mpt_time, nanotron_time, vtrain_time
 
 from autotune.predict.cases import answer
 from autotune.predict.shape import read_shape

@@ -145,7 +145,7 @@ def predicted(config: TrialConfig, measured_bytes: int, space: Space) -> Row:
     try:
         memory = predict_memory(config, space.model, space.workload, space.cluster)
         streams = rank_streams(space.model, config, accumulates=accumulates)
-    except Exception as error:
+    except Exception as error:  # whatever a library says of a config: its row is listed, and the gate fails
         return Row(config, measured_bytes, None, f"{type(error).__name__}: {error}")
     approximate = any(isinstance(stream, SitedStream) for stream in streams)
     return Row(config, measured_bytes, memory.device_used_bytes, "approximate" if approximate else "")

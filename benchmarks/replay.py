@@ -33,10 +33,10 @@ from typing import Any
 
 import numpy as np
 import optuna
-from foreign import nanotron_case  # type: ignore[import-not-found]  # a script's neighbour
-from foreign_time import cluster_of, layout_of  # type: ignore[import-not-found]
+from foreign import nanotron_case
+from foreign_time import cluster_of, layout_of
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from autotune.predict.cases import MEMORY_HEADROOM
 from autotune.predict.layout_times import STEP_PROFILES, Layouts, predict_layouts

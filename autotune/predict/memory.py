@@ -29,8 +29,8 @@ from autotune.spec.model import ModelSpec
 from autotune.spec.prediction import MemoryPrediction, Part
 from autotune.spec.workload import Workload
 
-CPU_DEVIATION = 0.004
-"""A ratio: the largest error over the demo space, on either engine."""
+CPU_DEVIATION = 0.007
+"""A ratio. The largest error over the demo space, 1.5 %, is then about where `predict.plan.SURE` begins."""
 GPU_DEVIATION = 0.06
 """A ratio. No measurement stands behind it yet: it covers other kernels, and what a replay does not see of
 fragmentation.

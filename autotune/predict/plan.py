@@ -95,10 +95,8 @@ class Plan:
         return [] if self.times is None else self._best(-self.times.tokens_per_second_per_gpu, count)
 
     def _best(self, cost: NDArray[np.float64], count: int) -> list[int]:
-        kinds = np.zeros(len(self.device_used_bytes), np.int64)
-        for axis, values in self.space.axes.items():
-            if len(values) > 1 and axis not in ("precision", "attention") and not axis.startswith("deepspeed."):
-                kinds = kinds * (len(values) + 1) + self.space.columns[axis] + 1
+        aside = ("precision", "attention")
+        kinds = self.space.columns.kinds(axis for axis in _main_axes(self.space) if axis not in aside)
         order = np.argsort(np.where(self.fits, cost, np.inf), kind="stable")
         _, firsts = np.unique(kinds[order], return_index=True)
         return [int(at) for at in order[np.sort(firsts)] if self.fits[at]][:count]
@@ -181,6 +179,11 @@ def require_feasible(plan: Plan) -> None:
     )
 
 
+def _main_axes(space: Space) -> list[str]:
+    """All but DeepSpeed keys."""
+    return [axis for axis in space.axes if not axis.startswith("deepspeed.")]
+
+
 class _Cells:
     """The candidates by structure. A cell is those that differ in batch and in DeepSpeed keys alone."""
 
@@ -188,11 +191,8 @@ class _Cells:
         self._space = space
         columns = space.columns
         self._batch = np.array(space.axes["micro_batch_size"], np.int64)[columns["micro_batch_size"]]
-        code = np.zeros(len(space.candidates), np.int64)
-        for axis, values in space.axes.items():
-            if len(values) > 1 and axis != "micro_batch_size" and not axis.startswith("deepspeed."):
-                code = code * (len(values) + 1) + columns[axis] + 1
-        code = code * 2 + self._accumulates(columns["gpus"], columns["micro_batch_size"])
+        kinds = columns.kinds(axis for axis in _main_axes(space) if axis != "micro_batch_size")
+        code = 2 * kinds + self._accumulates(columns["gpus"], columns["micro_batch_size"])
         # The first candidate of a cell has the first value of every key.
         _, firsts, self.of = np.unique(code, return_index=True, return_inverse=True)
         self.examples: list[TrialConfig] = [space.candidates[int(at)] for at in firsts]

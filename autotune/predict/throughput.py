@@ -114,13 +114,9 @@ class Trials:
     def of_candidates(cls, space: Space, shape: DecoderShape) -> tuple[Self, NDArray[np.int64]]:
         """Columns of those candidates of a space that can differ in time, and which of them each candidate is like."""
         overlap = "deepspeed.zero_optimization.overlap_comm"
-        columns = {
-            axis: at for axis, at in space.columns.items() if not axis.startswith("deepspeed.") or axis == overlap
-        }
-        code = np.zeros(len(space.candidates), np.int64)
-        for axis, at in columns.items():
-            code = code * (len(space.axes[axis]) + 1) + at + 1
-        _, firsts, kinds = np.unique(code, return_index=True, return_inverse=True)
+        columns = space.columns
+        axes = [axis for axis in space.axes if not axis.startswith("deepspeed.") or axis == overlap]
+        _, firsts, kinds = np.unique(columns.kinds(axes), return_index=True, return_inverse=True)
 
         def values(axis: str) -> NDArray[Any]:
             found: NDArray[Any] = np.array(space.axes[axis])[columns[axis][firsts]]
@@ -132,7 +128,7 @@ class Trials:
         selected = np.where(checkpointing == "selective", np.ceil(layers / every) / layers, 0.0)
         zero_stage = values("zero_stage").astype(np.int64)
         overlaps = zero_stage == 3
-        if overlap in columns:
+        if overlap in axes:
             overlaps = np.where(columns[overlap][firsts] >= 0, values(overlap).astype(bool), overlaps)
         trials = cls(
             engine=values("engine"),

@@ -207,9 +207,7 @@ def _values(space: Space, axis: str) -> list[Scalar]:
 def _fit(plan: Plan, values: dict[str, tuple[Scalar, ...]]) -> Fit | None:
     """How much fits among the candidates with these values; None where there are none, or none is predicted."""
     space = plan.space
-    here = ~np.isnan(plan.device_used_bytes)
-    for axis, allowed in values.items():
-        here &= np.isin(space.columns[axis], [space.axes[axis].index(value) for value in allowed])
+    here = _predicted_with(plan, values)
     if not here.any():
         return None
     sizes = np.array(space.axes["micro_batch_size"], np.int64)[space.columns["micro_batch_size"]]
@@ -247,7 +245,7 @@ def _reasons(plan: Plan) -> Iterator[Text]:
         fit = _fit(plan, row)
         if fit is None or fit.largest is not None or fit.next is None:
             continue
-        config = _with_first_keys(plan.space, plan.space.candidates[_smallest_of(plan, row)])
+        config = _with_first_keys(plan.space, plan.space.candidates[_least(plan, _predicted_with(plan, row))])
         memory = predict_memory(config, plan.space.model, plan.space.workload, plan.space.cluster)
         over = memory.device_used_bytes - plan.space.usable_bytes
         yield Text.assemble(
@@ -256,11 +254,12 @@ def _reasons(plan: Plan) -> Iterator[Text]:
         )
 
 
-def _smallest_of(plan: Plan, values: dict[str, tuple[Scalar, ...]]) -> int:
+def _predicted_with(plan: Plan, values: dict[str, tuple[Scalar, ...]]) -> NDArray[np.bool_]:
+    """(candidates,): which have one of the values of each axis, and a prediction."""
     here = ~np.isnan(plan.device_used_bytes)
     for axis, allowed in values.items():
         here &= np.isin(plan.space.columns[axis], [plan.space.axes[axis].index(value) for value in allowed])
-    return _least(plan, here)
+    return here
 
 
 def _with_first_keys(space: Space, config: TrialConfig) -> TrialConfig:

@@ -33,8 +33,8 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_triangular  # type: ignore[import-untyped]
-from scipy.special import erfcx, log_ndtr, ndtr  # type: ignore[import-untyped]
+from scipy.linalg import solve_triangular
+from scipy.special import erfcx, log_ndtr, ndtr
 
 from autotune.predict.calibration import PRIOR_DEVIATIONS
 from autotune.predict.roofline import TimePart

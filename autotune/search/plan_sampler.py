@@ -12,11 +12,12 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+from threadpoolctl import ThreadpoolController
 
 from autotune.predict.plan import Plan
 from autotune.predict.roofline import TimePart
 from autotune.results import UNSTABLE
+from autotune.search.distributions import distributions
 from autotune.search.expected_improvement import (
     MEMORY_NOISE,
     Candidates,
@@ -61,8 +62,6 @@ class PlanSampler(BaseSampler):
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """The axes with a choice, as `TuneSearch` asks for them: nothing is inferred."""
-        from autotune.search.tune_search import distributions
-
         return dict(distributions(self._space))
 
     def sample_relative(

@@ -16,8 +16,9 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from autotune.results import UNSTABLE
+from autotune.search.distributions import distributions
 from autotune.search.plan_sampler import PlanSampler
-from autotune.space.space import NOT_APPLICABLE, Space
+from autotune.space.space import NOT_APPLICABLE
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase, outcome_from_dict
 from autotune.study import Attempt, Study
@@ -26,12 +27,6 @@ OBJECTIVE = "objective"
 MEMORY_CONSTRAINT = "memory"
 MAX_REDRAWS = 20
 """Illegal, known or too big proposals that are redrawn before any untried candidate is taken at random."""
-
-
-def distributions(space: Space) -> dict[str, CategoricalDistribution]:
-    """One categorical per axis that is really searched, `n/a` among its choices where the axis is conditional."""
-    choices = {axis: space.used(axis) for axis in space.axes}
-    return {axis: CategoricalDistribution(values) for axis, values in choices.items() if len(values) > 1}
 
 
 class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types

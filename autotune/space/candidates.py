@@ -1,6 +1,6 @@
 """`Candidates` and `Columns`: the legal configs of a space, one by one or as arrays."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import overload
 
 import numpy as np
@@ -52,6 +52,13 @@ class Columns(Mapping[str, NDArray[np.int16]]):
             return np.ones(cells.shape, dtype=np.bool_)
         where = np.broadcast_to(self._grid.applies[axis], self._grid.verdicts.shape)
         return where.reshape(-1)[cells]
+
+    def kinds(self, axes: Iterable[str]) -> NDArray[np.int64]:
+        """(candidates,): numbers that are equal exactly where the values of all of these axes are."""
+        found = np.zeros(self._grid.legal.shape, np.int64)
+        for axis in axes:
+            found = found * (len(self._grid.axes[axis]) + 1) + self[axis] + 1
+        return found
 
     def used(self, axis: str) -> list[int]:
         """The indexes that occur in the axis' column, ascending but `ABSENT` last."""

@@ -73,9 +73,10 @@ def test_every_candidate_is_predicted_as_by_itself(tmp_path: Path) -> None:
     # What the study asks: candidates, and a baseline that is none of them.
     assert space.baseline is not None
     assert space.baseline not in space
-    stated = plan.of(space.baseline)
+    stated, first = plan.of(space.baseline), plan.of(space.candidates[0])
     assert stated is not None
-    assert stated.device_used_bytes > plan.of(space.candidates[0]).device_used_bytes  # type: ignore[union-attr]
+    assert first is not None
+    assert stated.device_used_bytes > first.device_used_bytes
     # All of it is on disk now.
     again = plan_memory(space, lambda done, total: pytest.fail("traced again"))
     assert (again.device_used_bytes == plan.device_used_bytes).all()
@@ -185,6 +186,7 @@ def test_candidates_are_timed_in_columns_as_one_by_one() -> None:
 def test_the_fastest_are_among_those_that_fit_and_of_different_kinds() -> None:
     space = load_space(SPACES / "qwen3-32b-sft-8xh100.yaml")
     times, _ = planning._times(space)
+    assert times is not None
     used = np.array([float(config.micro_batch_size) for config in space.candidates]) * space.usable_bytes / 4
     plan = Plan(space, used, np.full(len(used), 0.06), Counter(), None, times, None)
     best = [space.candidates[at] for at in plan.fastest(10)]
@@ -192,7 +194,7 @@ def test_the_fastest_are_among_those_that_fit_and_of_different_kinds() -> None:
     assert {config.micro_batch_size for config in best} <= {1, 2, 4}
     kinds = {(c.engine, c.zero_stage, c.offload, c.activation_checkpointing, c.micro_batch_size) for c in best}
     assert len(kinds) == 10
-    speeds = [times.at(at).tokens_per_second_per_gpu for at in plan.fastest(10)]  # type: ignore[union-attr]
+    speeds = [times.at(at).tokens_per_second_per_gpu for at in plan.fastest(10)]
     assert speeds == sorted(speeds, reverse=True)
     prediction = plan.of(best[0])
     assert prediction is not None

@@ -12,8 +12,9 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
+from autotune.search.distributions import distributions
 from autotune.search.samplers import SamplerName, build_sampler
-from autotune.search.tune_search import MEMORY_CONSTRAINT, TuneSearch, distributions
+from autotune.search.tune_search import MEMORY_CONSTRAINT, TuneSearch
 from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome
