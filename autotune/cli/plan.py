@@ -35,7 +35,7 @@ def plan(
 
     with Tracing(Console(stderr=True)) as on_traced:
         if explain is not None:
-            from autotune.predict.plan import explain as explained
+            from autotune.predict.levers import explain as explained
 
             config = _config(space, explain)
             memory, levers = explained(space, config, on_traced)

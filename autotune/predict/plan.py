@@ -6,45 +6,32 @@ once for each engine, stage and offload instead, and added up. A single config (
 is.
 """
 
-import ctypes
 import functools
-import multiprocessing
-import os
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autotune.errors import InvalidModelError, NothingFeasibleError, UnknownHardwareError
-from autotune.predict.memory import context_bytes, deviation, is_traced, predict_memory, stream, structures
+from autotune.predict.memory import context_bytes, deviation, predict_memory, stream
 from autotune.predict.shape import read_shape
 from autotune.predict.step import StepTimes
 from autotune.predict.stream import fragmentation_bytes
 from autotune.predict.throughput import Trials, predict_trials
-from autotune.space.space import NOT_APPLICABLE, Space
-from autotune.spec.config import Scalar, TrialConfig
-from autotune.spec.prediction import MemoryPrediction, Prediction
+from autotune.predict.tracing import OnTraced, micro_steps, structures_of, trace_structures
+from autotune.space.space import Space
+from autotune.spec.config import TrialConfig
+from autotune.spec.prediction import Prediction
 from autotune.units import format_bytes
-
-_PR_SET_PDEATHSIG = 1
 
 SURE = 0.01
 """A candidate that fits with less than this probability is not worth a launch."""
 
 KEY_DEVIATION = 0.02
 """A ratio: how far a peak may be off when DeepSpeed keys have other values than those that it was traced with whole."""
-
-MAX_WORKERS = 16
-"""Processes that trace at the same time; each has the libraries in memory, about half a GiB."""
-
-OnTraced = Callable[[int, int], None]
-"""Told how many structures of how many are traced."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +110,7 @@ def plan_memory(space: Space, on_traced: OnTraced = lambda done, total: None) ->
     cells = _Cells(space)
     effects = _KeyEffects(space, cells)
     baseline = space.baseline
-    wanted = [cells.structures, *effects.structures, [_structures(space, baseline)] if baseline else []]
+    wanted = [cells.structures, *effects.structures, [structures_of(space, baseline)] if baseline else []]
     reasons = trace_structures({name for found in wanted for names in found for name in names}, on_traced)
     peaks, unpredicted = cells.peaks(reasons)
     added, uncertain, moved = effects.added(reasons)
@@ -131,7 +118,7 @@ def plan_memory(space: Space, on_traced: OnTraced = lambda done, total: None) ->
     deviations = np.hypot(np.hypot(deviation(space.cluster), KEY_DEVIATION * moved), uncertain / used)
     times, untimed = _times(space)
     stated = None
-    if baseline is not None and not any(name in reasons for name in _structures(space, baseline)):
+    if baseline is not None and not any(name in reasons for name in structures_of(space, baseline)):
         whole = predict_memory(baseline, space.model, space.workload, space.cluster)
         stated = Prediction(
             device_used_bytes=whole.device_used_bytes,
@@ -197,7 +184,7 @@ class _Cells:
         _, firsts, self.of = np.unique(code, return_index=True, return_inverse=True)
         self.examples: list[TrialConfig] = [space.candidates[int(at)] for at in firsts]
         """A config of each cell."""
-        self.structures = [_structures(space, config) for config in self.examples]
+        self.structures = [structures_of(space, config) for config in self.examples]
 
     def peaks(self, reasons: dict[str, str]) -> tuple[NDArray[np.float64], Counter[str]]:
         """Peak bytes (candidates,) with the first value of each key, NaN where unknown; and why how many are."""
@@ -218,7 +205,7 @@ class _Cells:
         """(candidates,): whether an optimizer step has several micro-steps."""
         axes, example = self._space.axes, self._space.candidates[0]
         sizes = [(g, b) for g in axes["gpus"] for b in axes["micro_batch_size"]]
-        steps = [_steps(self._space, replace(example, gpus=int(g), micro_batch_size=int(b))) for g, b in sizes]
+        steps = [micro_steps(self._space, replace(example, gpus=int(g), micro_batch_size=int(b))) for g, b in sizes]
         found: NDArray[np.int64] = np.reshape(steps, (len(axes["gpus"]), -1))[gpus, batches]
         return found > 1
 
@@ -241,7 +228,7 @@ class _KeyEffects:
             examples[group] = min(examples[group], config, key=_activations)
         self._cell_of = cells.of
         self._examples = examples
-        self._base = [_structures(space, config) for config in examples]
+        self._base = [structures_of(space, config) for config in examples]
         self._moved: dict[str, list[list[tuple[TrialConfig, tuple[str, ...]] | None]]] = {}
         for axis in space.axes:
             if axis.startswith("deepspeed.") and len(space.axes[axis]) > 1:
@@ -283,7 +270,7 @@ class _KeyEffects:
         steps: list[tuple[TrialConfig, tuple[str, ...]] | None] = []
         for value in self._space.axes[axis]:
             moved = replace(config, deepspeed=tuple((stated | {key: value}).items())) if key in stated else config
-            steps.append(None if moved == config else (moved, _structures(self._space, moved)))
+            steps.append(None if moved == config else (moved, structures_of(self._space, moved)))
         return steps
 
     def _difference(
@@ -306,17 +293,6 @@ def _activations(config: TrialConfig) -> tuple[int, int]:
     return ("full", "selective", "none").index(config.activation_checkpointing), config.micro_batch_size
 
 
-def _steps(space: Space, config: TrialConfig) -> int:
-    try:
-        return space.workload.gradient_accumulation_steps(config)
-    except ValueError:  # no candidate
-        return 0
-
-
-def _structures(space: Space, config: TrialConfig) -> tuple[str, ...]:
-    return structures(space.model, config, accumulates=_steps(space, config) > 1)
-
-
 def _peak_bytes(
     space: Space, example: TrialConfig, names: tuple[str, ...], batches: NDArray[np.int64]
 ) -> NDArray[np.float64]:
@@ -329,91 +305,3 @@ def _peak_bytes(
     fullest = live.argmax(axis=0), np.arange(len(batches))
     peaks: NDArray[np.float64] = live[fullest] + kept[fullest] + context_bytes(example, space.cluster)
     return peaks
-
-
-class Lever(NamedTuple):
-    """One axis of a config moved by one step."""
-
-    axis: str
-    value: Scalar
-    memory: MemoryPrediction | None
-    """None where the step is illegal or cannot be predicted."""
-    reason: str | None
-    """Why it is, or cannot."""
-
-
-def explain(
-    space: Space, config: TrialConfig, on_traced: OnTraced = lambda done, total: None
-) -> tuple[MemoryPrediction, list[Lever]]:
-    """The memory of one legal config, and what one step of each axis, to either side, would do to it.
-
-    Raises:
-        UsageError: the engine refuses the config.
-    """
-    moved = list(_moves(space, config))
-    legal = [step for _, _, step, refusal in moved if refusal is None]
-    names = {name for step in (config, *legal) for name in _structures(space, step)}
-    reasons = trace_structures(names, on_traced)
-
-    def lever(axis: str, value: Scalar, step: TrialConfig, refusal: str | None) -> Lever:
-        reason = refusal or next((reasons[name] for name in _structures(space, step) if name in reasons), None)
-        memory = None if reason else predict_memory(step, space.model, space.workload, space.cluster)
-        return Lever(axis, value, memory, reason)
-
-    memory = predict_memory(config, space.model, space.workload, space.cluster)
-    return memory, [lever(*move) for move in moved]
-
-
-def _moves(space: Space, config: TrialConfig) -> Iterable[tuple[str, Scalar, TrialConfig, str | None]]:
-    """(axis, value, config, why it is illegal) of each step of one axis."""
-    values = space.values(config)
-    stated = {axis: space.axes[axis][0] if value == NOT_APPLICABLE else value for axis, value in values.items()}
-    for axis, allowed in space.axes.items():
-        if values[axis] == NOT_APPLICABLE:
-            continue
-        at = allowed.index(values[axis]) if values[axis] in allowed else -1
-        steps = allowed if at < 0 else [allowed[to] for to in (at - 1, at + 1) if 0 <= to < len(allowed)]
-        for value in steps:
-            moved = space.config(stated | {axis: value})
-            yield axis, value, moved, space.refusal(moved)
-
-
-def trace_structures(names: Iterable[str], on_traced: OnTraced = lambda done, total: None) -> dict[str, str]:
-    """Trace what is not on disk yet; returns why some structures could not be."""
-    missing = sorted(name for name in names if not is_traced(name))
-    if not missing:
-        return {}
-    reasons: dict[str, str] = {}
-    on_traced(0, len(missing))
-    # In processes of their own: a trace takes the process group and changes libraries meanwhile. Not forked, because
-    # this process may have threads.
-    workers = min(len(missing), len(os.sched_getaffinity(0)), MAX_WORKERS)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare) as pool:
-        running = {pool.submit(_trace, name): name for name in missing}
-        try:
-            for done, future in enumerate(as_completed(running), 1):
-                reason = future.result()
-                if reason is not None:
-                    reasons[running[future]] = reason
-                on_traced(done, len(missing))
-        except BaseException:  # Ctrl-C: what is traced stays on disk, and nothing more is begun
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return reasons
-
-
-def _trace(name: str) -> str | None:
-    try:
-        stream(name)
-    except Exception as error:  # whatever a library says of a config: it is that config's problem, not the plan's
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return None
-
-
-def _prepare() -> None:
-    """Keep a tracing process to one core and away from the terminal, and let it end with its parent."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)

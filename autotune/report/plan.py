@@ -11,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from autotune.predict.levers import Lever
 from autotune.predict.memory import predict_memory
-from autotune.predict.plan import Lever, Plan
+from autotune.predict.plan import Plan
 from autotune.report.terminal import headline
 from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import Scalar, TrialConfig

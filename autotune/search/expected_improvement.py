@@ -5,16 +5,8 @@ Predictions are the prior, measurements correct them. For every candidate i, wit
     log throughput_i = log predicted_i - log(sum_k share_ik·exp(s_k)) + b + sum_j m_j(x_ij) + l(x_i) + noise
     log peak_i       = log predicted peak_i + b' + sum_j m'_j(x_ij) + l'(x_i) + noise
 
-b is a bias common to all; s_k how much longer than predicted one part of every step takes, by its own formula and by
-what parts share, a slow network for one; m_j what one axis alone does that the prediction does not know; and l what
-only a combination does. b and s_k are normal, m_j and l Gaussian processes with squared-exponential kernels. Their
-widths are priors below; marginal likelihood, with a log-normal prior on every multiple, chooses how many times as wide
-they are (Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, chapters 2.2 and 5.4). A throughput that
-all others contradict is doubted by as much as they contradict it.
-
-What ran out of memory needed at least the capacity, what was stopped early is at most as fast as it could still have
-become: one-sided observations, by expectation propagation (the same, section 3.6). What failed for other reasons makes
-its neighbours suspect: a Beta prior, in which a neighbour counts by its kernel.
+`posterior.py` has the model and its letters. What failed for other reasons makes its neighbours suspect: a Beta prior,
+in which a neighbour counts by its kernel.
 
     score = expected improvement x P(fits) x P(runs) / cost
 
@@ -27,23 +19,18 @@ Left out: noise of the best measurement so far (confirmation is for that), and l
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Any, Self
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_triangular
 from scipy.special import erfcx, log_ndtr, ndtr
 
 from autotune.predict.calibration import PRIOR_DEVIATIONS
 from autotune.predict.roofline import TimePart
+from autotune.search.posterior import LENGTH, Evidence, Floats, Indices, Model, Posterior, Values, axis_columns
 
-Values = NDArray[np.float64]
-Floats = NDArray[np.float32] | NDArray[np.float64]
-Indices = NDArray[np.int64]
-
-# Widths of the prior. All are judgement; none was fitted to how well a search went.
+# Widths of the prior. All are judgement, none is a fit; but the form of the model, and one floor, were changed after
+# looking at replays of measured sweeps (benchmarks/README.md).
 BIAS_DEVIATION = 0.3
 """Of the logarithm of all throughputs together: `predict.calibration` has 0.2 to 0.3 for a nominal constant."""
 AXIS_DEVIATION = 0.1
@@ -59,14 +46,8 @@ MEMORY_SHARES = (0.5, 0.25, 0.25)
 """Of the variance of a memory prediction: bias, axes together, combinations. Errors of a formula are mostly common."""
 MEMORY_NOISE = 0.02
 """Of a measured peak: the allocator's rounding."""
-LENGTH = 2.0
-"""In units of a feature, over which errors are alike; with features in doublings, a factor of four."""
 FAILURE_RATE, FAILURE_STRENGTH = 0.05, 1.0
 """Of trials that fail for no known reason; and after how many trials' worth of doubt neighbours outweigh it."""
-MULTIPLES = (0.5, 1.0, 2.0, 4.0)
-NOISE_MULTIPLES = (1.0, 3.0)
-MULTIPLE_DEVIATION = 0.7
-"""Of the logarithm of a multiple: a width is known to about a factor of two."""
 LEAST_FIT_PROBABILITY = 1e-3
 """What is less likely to fit is not worth a launch, even when nothing else is left."""
 
@@ -76,19 +57,11 @@ _NETWORK = (
     TimePart.GRADIENT_REDUCTION,
     TimePart.PARAMETER_GATHER,
 )
-_BINS = 16
-"""Distinct values of a feature that axes' effects tell apart."""
-_FIT_ROWS = 64
-"""Observations that marginal likelihood looks at."""
 _ROUNDS = 4
 _MOST_ROWS = 256
 """Observations of throughput that are kept: the best half of them, and evenly of the rest."""
-_SWEEPS = 8
-_DAMPING = 0.8
 _NEAR_ROWS = 128
 """Observations of memory that are kept: those next to the capacity, which decide."""
-_BOUND_ROWS = 32
-"""Observations that bound a variance from above: the fewer are known, the larger it is."""
 _CHUNK = 2048
 _BLOCK = 512
 
@@ -166,9 +139,9 @@ class ExpectedImprovement:
     def __init__(self, candidates: Candidates) -> None:
         self._given = candidates
         self._features = np.asarray(candidates.features, np.float32)
-        axes = _axis_columns(candidates.features)
+        axes = axis_columns(candidates.features)
         count, width = len(candidates.throughput), candidates.peak_deviation
-        self._time = _Model(
+        self._time = Model(
             np.full(count, BIAS_DEVIATION),
             candidates.shares,
             candidates.unknowns,
@@ -177,7 +150,7 @@ class ExpectedImprovement:
         )
         common, by_axis, local = np.sqrt(MEMORY_SHARES)
         by_axis /= np.sqrt(max(candidates.features.shape[1], 1))
-        self._memory = _Model(
+        self._memory = Model(
             common * width,
             np.zeros((count, 0)),
             np.zeros((0, 0)),
@@ -204,180 +177,6 @@ class ExpectedImprovement:
         found -= 0.5 * (left**2).sum(axis=1)[:, None]
         found -= 0.5 * (right**2).sum(axis=1)[None]
         return np.exp(np.minimum(found, 0, out=found), out=found)
-
-
-class _Model:
-    """A prior over the residuals of all candidates: a bias, parts of the step, effects of axes, and a local part."""
-
-    def __init__(self, bias: Values, shares: Values, unknowns: Values, axes: Values, local: Values) -> None:
-        self.bias = bias[:, None].astype(np.float32)
-        self.shares = shares.astype(np.float32)
-        self.axes = axes.astype(np.float32)
-        self.local = local.astype(np.float32)
-        self.unknowns = unknowns.astype(np.float32)
-
-    def linear(self, rows: Indices | slice, scales: Values) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Offset (B,) and columns (B, P), such that a residual is the offset + columns @ standard normal unknowns.
-
-        The step takes sum_k share_k·exp(s_k); this is its tangent at `scales` (K,), as in an extended Kalman filter.
-        """
-        bias, axes = self.bias[rows], self.axes[rows]
-        if not len(scales):
-            return np.zeros(len(bias), np.float32), np.hstack([bias, axes])
-        scaled = self.shares[rows] * np.exp(scales).astype(np.float32)
-        total = scaled.sum(axis=1)
-        slopes = -scaled / total[:, None]
-        offset = -np.log(total) - slopes @ scales.astype(np.float32)
-        return offset, np.hstack([bias, slopes @ self.unknowns, axes])
-
-    def condition(self, evidence: "_Evidence", correlation: Values, rounds: int) -> "_Posterior":
-        """What M observations say.
-
-        Args:
-            evidence: the observations.
-            correlation: of their local parts (M, M).
-            rounds: of choosing the widths, the tangent, and what to doubt.
-        """
-        at, values = evidence.at, evidence.values
-        belief = _Belief(np.ones(4), np.zeros(self.shares.shape[1]), np.zeros(len(at)))
-        local = self.local[at].astype(float)
-        whole = correlation * np.outer(local, local)
-        exact = np.flatnonzero(evidence.sides == 0)
-        sample = exact[np.unique(np.linspace(0, len(exact) - 1, _FIT_ROWS).astype(int))] if len(exact) else exact
-        inside = np.ix_(sample, sample)
-        for step in range(rounds if len(sample) else 0):
-            if step:
-                posterior = _Posterior(self, evidence, correlation, belief)
-                belief = replace(belief, scales=posterior.scales(), doubt=posterior.doubt())
-            offset, columns = (found.astype(float) for found in self.linear(at, belief.scales))
-            common, axes = np.split(columns, [1 + self.unknowns.shape[1]], axis=1)
-            parts = [(common @ common.T)[inside], (axes @ axes.T)[inside], whole[inside]]
-            deviations = evidence.deviations[sample]
-            multiples = _fit(parts, (values - offset)[sample], deviations, belief.doubt[sample], belief.multiples)
-            belief = replace(belief, multiples=multiples)
-        return _Posterior(self, evidence, correlation, belief)
-
-
-@dataclass(frozen=True, slots=True)
-class _Evidence:
-    """M observations of one residual."""
-
-    at: Indices
-    """The candidates (M,)."""
-    values: Values
-    """The residuals (M,), or their bounds."""
-    sides: Indices
-    """0 an exact residual, 1 at least so much, -1 at most (M,)."""
-    deviations: Values
-    """Noise (M,)."""
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[int, float, int, float]]) -> Self:
-        """Rows of these four."""
-        columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
-        at, values, sides, deviations = columns
-        return cls(np.array(at, np.int64), np.array(values, float), np.array(sides, np.int64), np.array(deviations))
-
-    def __getitem__(self, kept: Indices) -> "_Evidence":
-        return _Evidence(self.at[kept], self.values[kept], self.sides[kept], self.deviations[kept])
-
-    def __add__(self, more: "_Evidence") -> "_Evidence":
-        pairs = ((getattr(self, field.name), getattr(more, field.name)) for field in fields(self))
-        return _Evidence(*(np.concatenate(pair) for pair in pairs))
-
-
-@dataclass(frozen=True, slots=True)
-class _Belief:
-    """What a posterior is conditioned under."""
-
-    multiples: Values
-    """Of the widths of common unknowns, axes, local part and noise."""
-    scales: Values
-    """Logarithms, of what the parts of a step really take (K,)."""
-    doubt: Values
-    """Variance of each observation beyond its noise (M,)."""
-
-
-class _Posterior:
-    """Mean and variance of a residual at any candidate."""
-
-    def __init__(self, model: _Model, evidence: "_Evidence", correlation: Values, belief: "_Belief") -> None:
-        at, sides = evidence.at, evidence.sides
-        common, axes, local, noise = belief.multiples
-        split = 1 + model.unknowns.shape[1]
-        count = split + model.axes.shape[1]
-        self._model, self._at, self.belief = model, at, belief
-        self._scale = np.where(np.arange(count) < split, common, axes).astype(np.float32) ** 2
-        self._multiple = np.float32(local**2)
-        offset, columns = model.linear(at, belief.scales)
-        self._columns = columns
-        wide, near = columns.astype(float), model.local[at].astype(float)
-        covariance = (wide * self._scale) @ wide.T + local**2 * np.outer(near, near) * correlation
-        self._noise = (noise * evidence.deviations) ** 2
-        precision, shift = _sites(covariance, evidence.values - offset, sides, self._noise + belief.doubt)
-        root = np.sqrt(precision)
-        factor = np.linalg.cholesky(np.eye(len(at)) + root[:, None] * covariance * root)
-        inner = _solve(factor, _solve(factor, root * (covariance @ shift)), transposed=True)
-        weights = shift - root * inner
-        self._exact, self._precision, self._weights = sides == 0, precision, weights
-        self._root, self._factor = root, factor
-        self._linear_weights = (self._scale * (wide.T @ weights)).astype(np.float32)
-        self.local_weights = self._multiple * near * weights
-        self._covariance = covariance
-
-    def scales(self) -> Values:
-        """Logarithms of what the parts of a step take, after the observations (K,)."""
-        unknowns = self._model.unknowns
-        found = unknowns @ self._linear_weights[1 : 1 + unknowns.shape[1]].astype(float)
-        return np.asarray(np.clip(found, self.belief.scales - 1, self.belief.scales + 1))
-
-    def doubt(self) -> Values:
-        """By how much each exact observation is contradicted: what it deviates by from what all others say of it,
-        squared, beyond twice the deviation that was to be expected. One sick node must not move its neighbours.
-        Of two it could not be said which contradicts the other.
-        """
-        if self._exact.sum() < 3:
-            return np.zeros(len(self._exact))
-        inverse = _solve(self._factor, np.diag(self._root))
-        own = np.maximum((inverse**2).sum(axis=0), 1e-12)
-        expected = 1 / own - 1 / self._precision + self._noise
-        return np.where(self._exact, np.maximum((self._weights / own) ** 2 - 4 * expected, 0), 0.0)
-
-    @cached_property
-    def _few(self) -> tuple[Indices, NDArray[np.float32]]:
-        """Some observations, and what their covariances are multiplied by, to see how much they explain."""
-        chosen = _pivots(self._covariance, self._precision, _BOUND_ROWS)
-        root = self._root[chosen]
-        inside = root[:, None] * self._covariance[np.ix_(chosen, chosen)] * root
-        factor = np.linalg.cholesky(np.eye(len(chosen)) + inside)
-        return chosen, _solve(factor, np.diag(root)).astype(np.float32)
-
-    def at(
-        self, rows: Indices | slice, correlation: Floats, where: Indices, local: Floats, *, bound: bool
-    ) -> tuple[Values, Values]:
-        """Mean and deviation of candidates (B,); of the deviation a bound from above, with few observations.
-
-        Args:
-            rows: the candidates.
-            correlation: of their local parts with those of other candidates.
-            where: the observations' columns in it (M,).
-            local: what the local parts of the observations say of the candidates' (B,).
-            bound: instead of the deviation itself.
-        """
-        offset, columns = self._model.linear(rows, self.belief.scales)
-        near = self._model.local[rows]
-        mean = offset + columns @ self._linear_weights + near * local
-        prior = columns**2 @ self._scale + self._multiple * near**2
-        chosen, whitened = self._few if bound else (np.arange(len(where)), None)
-        known = (columns * self._scale) @ self._columns[chosen].T
-        known += (self._multiple * near)[:, None] * self._model.local[self._at[chosen]] * correlation[:, where[chosen]]
-        if whitened is not None:
-            known = known @ whitened.T
-            variance = (prior - np.einsum("ij,ij->i", known, known)) * 1.001 + 1e-5  # single precision
-        else:
-            explained = _solve(self._factor, known.astype(float).T * self._root[:, None])
-            variance = prior - (explained**2).sum(axis=0)
-        return np.asarray(mean, float), np.sqrt(np.maximum(variance.astype(float), 1e-8))
 
 
 class _View:
@@ -412,9 +211,9 @@ class _View:
             means, self._running = self._expect(more)
             belief = self._time.belief
             zeros = np.zeros(len(more))
-            timed += _Evidence(more, means, np.zeros_like(more), zeros + NOISE_DEVIATION)
+            timed += Evidence(more, means, np.zeros_like(more), zeros + NOISE_DEVIATION)
             self._set_rows(timed, sized, self._at[self._of_trial])
-            self._time = _Posterior(
+            self._time = Posterior(
                 search._time,
                 timed,
                 search._correlation(timed.at, timed.at).astype(float),
@@ -422,7 +221,7 @@ class _View:
             )
             self._set_weights()
 
-    def _set_rows(self, timed: _Evidence, sized: _Evidence, tried: Indices) -> None:
+    def _set_rows(self, timed: Evidence, sized: Evidence, tried: Indices) -> None:
         """Every candidate of which something is known, once, and where the observations of each kind are."""
         self._at, where = np.unique(np.concatenate([timed.at, sized.at, tried]), return_inverse=True)
         ends = np.cumsum([len(timed.at), len(sized.at)])
@@ -441,7 +240,7 @@ class _View:
         ):
             np.add.at(self._weights[:, column], rows, weights.astype(np.float32))
 
-    def _timed(self, observed: Sequence[Observed]) -> _Evidence:
+    def _timed(self, observed: Sequence[Observed]) -> Evidence:
         rows = [
             (one.candidate, float(np.log(value)), 0 if one.throughput is not None else -1, NOISE_DEVIATION)
             for one in observed
@@ -451,12 +250,12 @@ class _View:
             rows.sort(key=lambda row: -row[1])
             half = _MOST_ROWS // 2
             rows = rows[:half] + [rows[index] for index in np.linspace(half, len(rows) - 1, half).astype(int)]
-        found = _Evidence.of(rows)
+        found = Evidence.of(rows)
         return replace(found, values=found.values - self._search._log_throughput[found.at])
 
-    def _sized(self, observed: Sequence[Observed]) -> _Evidence:
+    def _sized(self, observed: Sequence[Observed]) -> Evidence:
         given = self._search._given
-        found = _Evidence.of(
+        found = Evidence.of(
             [
                 (one.candidate, one.peak_bytes or given.capacity_bytes, int(one.peak_bytes is None), one.peak_deviation)
                 for one in observed
@@ -602,94 +401,3 @@ def _log_improvement(logs: Values, deviations: Values, best: float | None) -> Va
     high = np.maximum(z, -1.0)
     near = np.log(np.exp(-(high**2) / 2) / np.sqrt(2 * np.pi) + high * ndtr(high))
     return np.asarray(best + np.log(deviations) + np.where(z < -1, far, near))
-
-
-def _axis_columns(features: Values) -> Values:
-    """Columns whose products are the sum of one squared-exponential kernel an axis, all of variance 1: (N, P)."""
-    found = [np.zeros((len(features), 0))]
-    for axis in features.T:
-        values, rows = np.unique(axis, return_inverse=True)
-        if len(values) > _BINS:
-            values = np.unique(np.quantile(axis, np.linspace(0, 1, _BINS)))
-            rows = np.abs(axis[:, None] - values).argmin(axis=1)
-        kernel = np.exp(-((values[:, None] - values) ** 2) / (2 * LENGTH**2))
-        sizes, directions = np.linalg.eigh(kernel)
-        kept = sizes > 1e-3 * sizes[-1]
-        found.append((directions[:, kept] * np.sqrt(sizes[kept]))[rows])
-    return np.hstack(found)
-
-
-def _fit(parts: Sequence[Values], values: Values, noise: Values, doubt: Values, start: Values) -> Values:
-    """The most probable multiples of the widths of three parts and of the noise, one after the other.
-
-    Args:
-        parts: covariances of M observations at multiples of 1.
-        values: residuals (M,).
-        noise: deviations (M,).
-        doubt: variance of each observation beyond the noise (M,).
-        start: multiples to begin at (4,).
-    """
-    found = start.copy()
-    for index in (0, 2, 1, 3):
-        choices = np.array(NOISE_MULTIPLES if index == 3 else MULTIPLES)
-        grid = np.tile(found, (len(choices), 1))
-        grid[:, index] = choices
-        stack = np.tensordot(grid[:, :3] ** 2, np.stack(parts), axes=1)
-        diagonal = np.arange(len(values))
-        stack[:, diagonal, diagonal] += (grid[:, 3:] * noise) ** 2 + doubt
-        factors = np.linalg.cholesky(stack)
-        score = -0.5 * (np.log(grid) ** 2).sum(axis=1) / MULTIPLE_DEVIATION**2
-        score -= np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(axis=1)
-        score -= 0.5 * np.array([(_solve(factor, values) ** 2).sum() for factor in factors])
-        found = grid[int(np.argmax(score))]
-    return found
-
-
-def _sites(covariance: Values, values: Values, sides: Indices, noise: Values) -> tuple[Values, Values]:
-    """Precision and precision x mean of the Gaussian that stands for each observation (M,); noise is a variance."""
-    precision = np.where(sides == 0, 1 / noise, 1e-8)
-    shift = np.where(sides == 0, values / noise, 0.0)
-    bounded = np.flatnonzero(sides)
-    if not len(bounded):
-        return precision, shift
-    side, bound = sides[bounded].astype(float), values[bounded]
-    for _ in range(_SWEEPS):
-        root = np.sqrt(precision)
-        factor = np.linalg.cholesky(np.eye(len(values)) + root[:, None] * covariance * root)
-        half = _solve(factor, root[:, None] * covariance)
-        mean = (covariance @ shift - half.T @ (half @ shift))[bounded]
-        variance = np.maximum(np.diag(covariance)[bounded] - (half[:, bounded] ** 2).sum(axis=0), 1e-12)
-        # The cavity: what all other observations say.
-        left = np.maximum(1 / variance - precision[bounded], 1e-8)
-        cavity, spread = (mean / variance - shift[bounded]) / left, 1 / left
-        total = np.sqrt(spread + noise[bounded])
-        z = side * (cavity - bound) / total
-        ratio = np.exp(-(z**2) / 2 - np.log(2 * np.pi) / 2 - log_ndtr(z))
-        tilted = cavity + side * spread * ratio / total
-        narrowed = np.maximum(spread - spread**2 * ratio * (z + ratio) / total**2, 1e-12)
-        new_precision = np.maximum(1 / narrowed - left, 1e-8)
-        new_shift = tilted * (new_precision + left) - cavity * left
-        precision[bounded] += _DAMPING * (new_precision - precision[bounded])
-        shift[bounded] += _DAMPING * (new_shift - shift[bounded])
-    return precision, shift
-
-
-def _pivots(covariance: Values, precision: Values, count: int) -> Indices:
-    """Observations that explain most of the others, by pivoted Cholesky decomposition."""
-    if len(covariance) <= count:
-        return np.arange(len(covariance))
-    left = np.diag(covariance).copy()
-    rows = np.zeros((count, len(covariance)))
-    chosen = np.zeros(count, np.int64)
-    for step in range(count):
-        left[chosen[:step]] = -1.0
-        pivot = int(np.argmax(left))
-        row = covariance[pivot] - rows[:step, pivot] @ rows[:step]
-        rows[step] = row / np.sqrt(max(left[pivot] + 1 / precision[pivot], 1e-12))
-        left = np.maximum(left - rows[step] ** 2, 0.0)
-        chosen[step] = pivot
-    return chosen
-
-
-def _solve(factor: NDArray[np.floating[Any]], right: Values, *, transposed: bool = False) -> Values:
-    return np.asarray(solve_triangular(factor, right, lower=True, trans=int(transposed), check_finite=False))

@@ -11,8 +11,10 @@ import pytest
 
 from autotune.errors import NothingFeasibleError
 from autotune.predict import plan as planning
+from autotune.predict import tracing
+from autotune.predict.levers import explain
 from autotune.predict.memory import predict_memory
-from autotune.predict.plan import SURE, Plan, explain, plan_memory, require_feasible, trace_structures
+from autotune.predict.plan import SURE, Plan, plan_memory, require_feasible
 from autotune.predict.shape import read_shape
 from autotune.predict.throughput import Trials, predict_trials
 from autotune.space.space import Space, load_space
@@ -106,7 +108,7 @@ def test_keys_are_traced_one_by_one_and_added(tmp_path: Path) -> None:
 def test_what_cannot_be_traced_has_its_reason_and_is_not_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = planning._trace
+    real = tracing._trace
 
     def failing(names: set[str], on_traced: Any = None) -> dict[str, str]:
         bad = {name: "RuntimeError: no kernel" for name in names if '"zero_stage": 3' in name}
@@ -124,7 +126,7 @@ def test_what_cannot_be_traced_has_its_reason_and_is_not_refused(
 
 
 def test_an_impossible_structure_is_a_reason_and_not_an_error() -> None:
-    (reason,) = trace_structures({"not JSON"}).values()
+    (reason,) = tracing.trace_structures({"not JSON"}).values()
     assert reason.startswith("JSONDecodeError")
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from autotune.predict.roofline import TimePart
 from autotune.search import expected_improvement as module
+from autotune.search import posterior
 from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, Proposal, step_unknowns
 
 Values = NDArray[np.float64]
@@ -249,7 +250,7 @@ def test_the_order_of_bounds_finds_what_looking_at_all_finds(monkeypatch: pytest
         observed = [world.run(at) for at in range(60)]
         expected = ExpectedImprovement(world.candidates).propose(observed)
         with monkeypatch.context() as few:
-            few.setattr(module, "_BOUND_ROWS", 2)
+            few.setattr(posterior, "_BOUND_ROWS", 2)
             few.setattr(module, "_BLOCK", 3)
             few.setattr(module, "_CHUNK", 37)
             found = ExpectedImprovement(world.candidates).propose(observed)
@@ -263,16 +264,16 @@ def test_a_posterior_is_what_the_formulas_say() -> None:
     """Against the textbook's two lines, on a model without parts."""
     chance = np.random.default_rng(0)
     features = chance.integers(0, 5, (30, 2)).astype(float)
-    axes = module._axis_columns(features)
-    model = module._Model(np.full(30, 0.3), np.zeros((30, 0)), np.zeros((0, 0)), 0.1 * axes, np.full(30, 0.2))
+    axes = posterior.axis_columns(features)
+    model = posterior.Model(np.full(30, 0.3), np.zeros((30, 0)), np.zeros((0, 0)), 0.1 * axes, np.full(30, 0.2))
     distances = ((features[:, None] - features) ** 2).sum(axis=2)
-    whole = np.exp(-distances / (2 * module.LENGTH**2))
+    whole = np.exp(-distances / (2 * posterior.LENGTH**2))
     at, rest = np.arange(12), np.arange(12, 30)
     values = chance.normal(0, 0.3, 12)
-    evidence = module._Evidence(at, values, np.zeros(12, np.int64), np.full(12, 0.05))
-    posterior = model.condition(evidence, whole[:12, :12], rounds=0)
-    mean, deviation = posterior.at(
-        rest, whole[12:, :12], np.arange(12), whole[12:, :12] @ posterior.local_weights, bound=False
+    evidence = posterior.Evidence(at, values, np.zeros(12, np.int64), np.full(12, 0.05))
+    conditioned = model.condition(evidence, whole[:12, :12], rounds=0)
+    mean, deviation = conditioned.at(
+        rest, whole[12:, :12], np.arange(12), whole[12:, :12] @ conditioned.local_weights, bound=False
     )
     covariance = 0.09 + 0.01 * axes @ axes.T + 0.04 * whole
     inverse = np.linalg.inv(covariance[:12, :12] + 0.05**2 * np.eye(12))
@@ -287,7 +288,7 @@ def test_one_sided_observations_are_what_sampling_says(side: int, bound: float) 
     covariance = np.array([[0.04, 0.03], [0.03, 0.05]])
     values, sides = np.array([bound, 0.1]), np.array([side, 0])
     noise = np.array([1e-6, 0.01])
-    precision, shift = module._sites(covariance, values, sides, noise)
+    precision, shift = posterior._sites(covariance, values, sides, noise)
     inverse = np.linalg.inv(np.linalg.inv(covariance) + np.diag(precision))
     mean = inverse @ shift
     chance = np.random.default_rng(0)
