@@ -62,11 +62,13 @@ def _config(space: "Space", text: str) -> "TrialConfig":
     """
     import yaml
 
+    from autotune.space.space import NOT_APPLICABLE
+
     baseline = space.baseline
     values = {axis: allowed[0] for axis, allowed in space.axes.items()}
     if baseline is not None:
         stated = space.values(baseline)
-        values |= {axis: value for axis, value in stated.items() if value != "n/a"}
+        values |= {axis: value for axis, value in stated.items() if value != NOT_APPLICABLE}
     if text == "baseline":
         if baseline is None:
             raise UsageError(f"--explain: {space.where} has no baseline; name axes, such as zero_stage=3")

@@ -115,6 +115,9 @@ def plan_memory(space: Space, on_traced: OnTraced = lambda done, total: None) ->
     peaks, unpredicted = cells.peaks(reasons)
     added, uncertain, moved = effects.added(reasons)
     used = peaks + added
+    lost = np.isnan(added) & ~np.isnan(peaks)
+    if lost.any():
+        unpredicted[effects.why_lost(reasons)] += int(lost.sum())
     deviations = np.hypot(np.hypot(deviation(space.cluster), KEY_DEVIATION * moved), uncertain / used)
     times, untimed = _times(space)
     stated = None
@@ -134,7 +137,7 @@ def _times(space: Space) -> tuple[StepTimes | None, str | None]:
         return None, "how fast this machine's processors are is not known"
     try:
         shape = read_shape(space.model.name, space.model.config)
-        if len(set(shape.layers)) > 1:
+        if not shape.dense or len(set(shape.layers)) > 1:
             return None, f"times are predicted for dense models with equal layers, which {space.model.name} is not"
         trials, kinds = Trials.of_candidates(space, shape)
         return predict_trials(shape, trials, space.cluster).of(kinds), None
@@ -262,6 +265,10 @@ class _KeyEffects:
             uncertain = np.hypot(uncertain, effect / 2)
             moved_away |= column > 0
         return added, uncertain, moved_away
+
+    def why_lost(self, reasons: dict[str, str]) -> str:
+        """Why the effect of some value of a key is not known; of several reasons, one."""
+        return next(reasons[name] for found in self.structures for names in found for name in names if name in reasons)
 
     def _steps(self, axis: str, config: TrialConfig) -> list[tuple[TrialConfig, tuple[str, ...]] | None]:
         """The config with each value of the key; None for the one it has, or where the key does not apply."""

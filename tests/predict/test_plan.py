@@ -1,5 +1,6 @@
 """A whole space predicted: equal to its configs one by one, with reasons where nothing can be said."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -125,6 +126,21 @@ def test_what_cannot_be_traced_has_its_reason_and_is_not_refused(
     assert all(space.candidates[at].zero_stage == 0 for at in plan.smallest(100))
 
 
+def test_a_value_of_a_key_that_cannot_be_traced_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tracing._trace
+
+    def failing(names: set[str], on_traced: Any = None) -> dict[str, str]:
+        bad = {name: "RuntimeError: no such bucket" for name in names if "777" in name}
+        return bad | {name: reason for name in names - set(bad) if (reason := real(name))}
+
+    monkeypatch.setattr(planning, "trace_structures", failing)
+    buckets = {"zero_optimization.reduce_bucket_size": [20_000, 777]}
+    search = KEYED | {"engine": "deepspeed", "micro_batch_size": [2], "deepspeed": buckets}
+    plan = plan_memory(sample_space(tmp_path, search=search, baseline=...))
+    assert plan.unpredicted == {"RuntimeError: no such bucket": 1}
+    assert int(plan.fits.sum() + plan.too_big.sum()) + 1 == len(plan.device_used_bytes) == 2
+
+
 def test_an_impossible_structure_is_a_reason_and_not_an_error() -> None:
     (reason,) = tracing.trace_structures({"not JSON"}).values()
     assert reason.startswith("JSONDecodeError")
@@ -201,6 +217,20 @@ def test_the_fastest_are_among_those_that_fit_and_of_different_kinds() -> None:
     prediction = plan.of(best[0])
     assert prediction is not None
     assert prediction.tokens_per_second_per_gpu == speeds[0]
+
+
+def test_mixtures_of_experts_are_not_timed(tmp_path: Path) -> None:
+    layers = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    other = {"vocab_size": 128, "intermediate_size": 96, "max_position_embeddings": 128, "tie_word_embeddings": False}
+    (tmp_path / "model").mkdir()
+    config = {"model_type": "qwen3_moe", **layers, **experts, **other}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    cluster = {"nodes": 1, "gpus_per_node": 2, "gpu": "H100-80GB"}
+    space = sample_space(tmp_path, model="./model", search=PLAIN, cluster=cluster, baseline=...)
+    times, reason = planning._times(space)
+    assert times is None
+    assert "dense" in str(reason)
 
 
 def test_processors_are_not_timed(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Shapes count what transformers builds."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from autotune.errors import InvalidModelError
+from autotune.predict.roofline import flops_per_token
 from autotune.predict.shape import read_shape
 from autotune.spec.model import ModelSpec
 
@@ -44,7 +46,9 @@ def test_agrees_with_the_spec_on_dense_models() -> None:
     for config in CONFIGS.values():
         shape = read_shape("m", config)
         if shape.dense:
-            assert shape.num_parameters == ModelSpec(name="m", config=config).num_parameters
+            spec = ModelSpec(name="m", config=config)
+            assert shape.num_parameters == spec.num_parameters
+            assert flops_per_token(shape, np.array([512]))[0] == spec.flops_per_token(512)
 
 
 @pytest.mark.parametrize("change", [{"num_experts": 0}, {"num_experts": "8"}, {"moe_intermediate_size": None}])
