@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
@@ -74,9 +74,46 @@ _PROFILE = "nanotron-checked"
 _COUNTS = ("tp", "pp", "dp", "micro_batch", "grad_accum")
 
 
+class Scenario(Protocol):
+    """A measured grid as samplers meet it; `cpu_grid.py` has another."""
+
+    @property
+    def name(self) -> str:
+        """For the report."""
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """A row for each config."""
+
+    @property
+    def axes(self) -> list[str]:
+        """The columns that tell the configs apart."""
+
+    @property
+    def throughput(self) -> Values:
+        """(N,), 0 where a config is no valid best."""
+
+    @property
+    def startable(self) -> NDArray[np.int64]:
+        """The configs that a study would offer."""
+
+    @property
+    def candidates(self) -> Candidates:
+        """These with what is predicted of them."""
+
+    def is_oom(self, index: int) -> bool:
+        """Whether a config runs out of memory."""
+
+    def seen(self, index: int, seed: int) -> float:
+        """Throughput that a launch reports, 0 where it does not run."""
+
+    def observed(self, candidate: int, index: int, seed: int) -> Observed:
+        """What a launch of the candidate, config number `index`, teaches."""
+
+
 @dataclass(frozen=True)
-class Scenario:
-    """One grid: a row for each config."""
+class Sweep:
+    """One grid of the sweep."""
 
     name: str
     rows: list[Row]
@@ -86,9 +123,36 @@ class Scenario:
         """(N,) tokens/s/GPU, 0 where it did not run."""
         return np.array([float(row["tokens_per_s_per_gpu"]) if row["outcome"] == "ok" else 0.0 for row in self.rows])
 
+    @cached_property
+    def axes(self) -> list[str]:
+        """As few columns as tell the configs apart, in the order in which people choose them."""
+        axes = ["tp", "pp", "micro_batch", "sharding"]
+        for more in ("dp", "grad_accum"):
+            if len({tuple(row[axis] for axis in axes) for row in self.rows}) < len(self.rows):
+                axes.append(more)
+        return axes
+
     def is_oom(self, index: int) -> bool:
         """Whether this config ran out of memory."""
         return self.rows[index]["outcome"] in ("oom", "ok_then_oom")
+
+    def seen(self, index: int, seed: int) -> float:
+        """Throughput that a launch of this config reports, 0 where it does not run."""
+        return float(self.throughput[index])
+
+    def observed(self, candidate: int, index: int, seed: int) -> Observed:
+        """What a launch teaches; `candidate` is its place among those that can start."""
+        if self.is_oom(index):
+            return Observed(candidate=candidate, ran_out=True)
+        if not self.throughput[index]:
+            return Observed(candidate=candidate, failed=True)
+        fullest, reserved, same = self.memory[candidate]
+        text = self.rows[index]["peak_mem"]
+        # The table has rank 0 alone: the fullest GPU's peak is known only where that is predicted to be rank 0's. And
+        # what was reserved with room to spare is more than was needed; here all counts that runs.
+        peak = float(text) * GIB + fullest - reserved if text and same else None
+        measured = self.seen(index, seed)
+        return Observed(candidate=candidate, throughput=measured, peak_bytes=peak, peak_deviation=RESERVED_DEVIATION)
 
     @cached_property
     def shape(self) -> DecoderShape:
@@ -157,7 +221,7 @@ class Scenario:
         )
 
 
-def read_scenarios(rows: Iterable[Row]) -> list[Scenario]:
+def read_scenarios(rows: Iterable[Row]) -> list[Sweep]:
     """Grids that are large enough."""
     grids: dict[tuple[str, ...], dict[tuple[str, ...], Row]] = defaultdict(dict)
     for row in rows:
@@ -172,7 +236,7 @@ def read_scenarios(rows: Iterable[Row]) -> list[Scenario]:
     for key in sorted(grids, key=lambda key: (key[:3], int(float(key[3])))):
         kept = [grids[key][config] for config in sorted(grids[key])]
         if len(kept) >= SMALLEST_SCENARIO and sum(row["outcome"] == "ok" for row in kept) >= FEWEST_THAT_RAN:
-            found.append(Scenario(" ".join(key), kept))
+            found.append(Sweep(" ".join(key), kept))
     return found
 
 
@@ -194,22 +258,8 @@ def search_plan(scenario: Scenario, seed: int, budget: int) -> Launches:
             break
         index = int(scenario.startable[proposal.candidate])
         launched.append(index)
-        observed.append(_lesson(scenario, proposal.candidate, index))
+        observed.append(scenario.observed(proposal.candidate, index, seed))
     return launched
-
-
-def _lesson(scenario: Scenario, candidate: int, index: int) -> Observed:
-    if scenario.is_oom(index):
-        return Observed(candidate=candidate, ran_out=True)
-    if not scenario.throughput[index]:
-        return Observed(candidate=candidate, failed=True)
-    fullest, reserved, same = scenario.memory[candidate]
-    text = scenario.rows[index]["peak_mem"]
-    # The table has rank 0 alone: the fullest GPU's peak is known only where that is predicted to be rank 0's. And what
-    # was reserved with room to spare is more than was needed; here all counts that runs.
-    peak = float(text) * GIB + fullest - reserved if text and same else None
-    measured = float(scenario.throughput[index])
-    return Observed(candidate=candidate, throughput=measured, peak_bytes=peak, peak_deviation=RESERVED_DEVIATION)
 
 
 def search_random(scenario: Scenario, seed: int, budget: int) -> Launches:
@@ -230,7 +280,7 @@ def search_optuna(name: str) -> Search:
         sampler = build_sampler(SamplerName(name.removesuffix("-told")), seed)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         chance, launched = np.random.default_rng(seed), list[int]()
-        axes = _axes([scenario.rows[index] for index in offered])
+        axes = scenario.axes
         by_values = {tuple(scenario.rows[index][axis] for axis in axes): index for index in offered}
         distributions: dict[str, optuna.distributions.BaseDistribution] = {
             axis: optuna.distributions.CategoricalDistribution(sorted({values[i] for values in by_values}))
@@ -251,8 +301,8 @@ def search_optuna(name: str) -> Search:
                 study.enqueue_trial({axis: scenario.rows[index][axis] for axis in axes})
                 trial = study.ask(distributions)
             launched.append(index)
-            measured = float(scenario.throughput[index])
-            ran = [float(scenario.throughput[i]) for i in launched if scenario.throughput[i]]
+            measured = scenario.seen(index, seed)
+            ran = [value for i in launched if (value := scenario.seen(i, seed))]
             worst = min(ran, default=0.0)
             violation = 1.0 if scenario.is_oom(index) else 0.5
             trial.set_constraint("memory", 0.0 if measured else violation)
@@ -260,15 +310,6 @@ def search_optuna(name: str) -> Search:
         return launched
 
     return search
-
-
-def _axes(rows: Sequence[Row]) -> list[str]:
-    """As few columns as tell the configs apart, in the order in which people choose them."""
-    axes = ["tp", "pp", "micro_batch", "sharding"]
-    for more in ("dp", "grad_accum"):
-        if len({tuple(row[axis] for axis in axes) for row in rows}) < len(rows):
-            axes.append(more)
-    return axes
 
 
 SAMPLERS: dict[str, tuple[Search, bool]] = {
@@ -288,26 +329,33 @@ def regrets(scenario: Scenario, launched: Launches, budget: int) -> Values:
     return np.asarray(1 - np.maximum.accumulate(measured) / scenario.throughput.max())
 
 
-def replay(scenarios: Sequence[Scenario], samplers: Sequence[str], seeds: int, budget: int) -> dict[str, Any]:
-    """Every sampler on every scenario."""
+def replay(
+    scenarios: Sequence[Scenario],
+    samplers: Sequence[str],
+    seeds: int,
+    budget: int,
+    known: dict[str, tuple[Search, bool]] = SAMPLERS,
+    marks: Sequence[int] = MARKS,
+) -> dict[str, Any]:
+    """Every sampler, of those that are known, on every scenario; regret after so many launches."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     report: dict[str, Any] = {}
     for name in samplers:
-        search, seeded = SAMPLERS[name]
+        search, seeded = known[name]
         began = time.perf_counter()
         runs = [
             (scenario, search(scenario, seed, budget))
             for scenario in scenarios
             for seed in range(seeds if seeded else 1)
         ]
-        report[name] = {**_summary(runs, budget), "seconds": round(time.perf_counter() - began, 1)}
+        report[name] = {**_summary(runs, budget, marks), "seconds": round(time.perf_counter() - began, 1)}
     return report
 
 
-def _summary(runs: Sequence[tuple[Scenario, Launches]], budget: int) -> dict[str, Any]:
+def _summary(runs: Sequence[tuple[Scenario, Launches]], budget: int, marks: Sequence[int]) -> dict[str, Any]:
     curves = np.array([regrets(scenario, launched, budget) for scenario, launched in runs])
     found: dict[str, Any] = {
-        f"regret_after_{mark}": round(float(curves[:, mark - 1].mean()), 4) for mark in MARKS if mark <= budget
+        f"regret_after_{mark}": round(float(curves[:, mark - 1].mean()), 4) for mark in marks if mark <= budget
     }
     for tolerance in TOLERANCES:
         reached = curves <= tolerance
@@ -327,7 +375,7 @@ def _summary(runs: Sequence[tuple[Scenario, Launches]], budget: int) -> dict[str
     found["scenarios"] = {
         name: {
             str(mark): round(float(np.mean([curve[mark - 1] for curve in several])), 4)
-            for mark in MARKS
+            for mark in marks
             if mark <= budget
         }
         for name, several in by_scenario.items()
@@ -340,13 +388,13 @@ def judge(found: dict[str, Any]) -> dict[str, bool]:
     return {gate: found[gate] is not None and found[gate] <= limit for gate, limit in GATES.items() if gate in found}
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: dict[str, Any], gates: dict[str, float] = GATES) -> None:
     """Plain lines."""
     for name, found in report["samplers"].items():
         print(f"\n{name}")
         for key, value in found.items():
             if key != "scenarios":
-                limit = f"  (gate {GATES[key]})" if key in GATES else ""
+                limit = f"  (gate {gates[key]})" if key in gates else ""
                 print(f"  {key:<28} {'beyond the budget' if value is None else value}{limit}")
         for scenario, marks in found["scenarios"].items():
             print(f"    {scenario:<32} " + "  ".join(f"{mark}: {value:.4f}" for mark, value in marks.items()))

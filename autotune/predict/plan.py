@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.errors import InvalidModelError, NothingFeasibleError, UnknownHardwareError
+from autotune.predict.machine import MachineRates, machine_rates
+from autotune.predict.machine_times import Kinds
 from autotune.predict.memory import context_bytes, deviation, predict_memory, stream
 from autotune.predict.shape import read_shape
 from autotune.predict.step import StepTimes
@@ -105,13 +107,25 @@ class Plan:
         )
 
 
-def plan_memory(space: Space, on_traced: OnTraced = lambda done, total: None) -> Plan:
-    """Predict every legal candidate. Structures that no earlier plan has traced are traced now, on all cores."""
+def plan_memory(
+    space: Space, on_traced: OnTraced = lambda done, total: None, *, rates: MachineRates | None = None
+) -> Plan:
+    """Predict every legal candidate. Structures that no earlier plan has traced are traced now, on all cores.
+
+    Args:
+        space: with its cluster.
+        on_traced: told of each structure that is traced.
+        rates: of a cluster of CPUs; without them this machine is taken to be one of its nodes, and measured.
+    """
     cells = _Cells(space)
     effects = _KeyEffects(space, cells)
     baseline = space.baseline
     wanted = [cells.structures, *effects.structures, [structures_of(space, baseline)] if baseline else []]
-    reasons = trace_structures({name for found in wanted for names in found for name in names}, on_traced)
+    kinds = Kinds(space) if space.cluster.device == "cpu" else None
+    counted = set() if kinds is None else kinds.names
+    reasons = trace_structures(
+        {name for found in wanted for names in found for name in names}, on_traced, counted=counted
+    )
     peaks, unpredicted = cells.peaks(reasons)
     added, uncertain, moved = effects.added(reasons)
     used = peaks + added
@@ -119,22 +133,26 @@ def plan_memory(space: Space, on_traced: OnTraced = lambda done, total: None) ->
     if lost.any():
         unpredicted[effects.why_lost(reasons)] += int(lost.sum())
     deviations = np.hypot(np.hypot(deviation(space.cluster), KEY_DEVIATION * moved), uncertain / used)
-    times, untimed = _times(space)
+    speed: float | None = None
+    if kinds is None:
+        times, untimed = _times(space)
+        if times is not None and baseline is not None:
+            speed = _speed(space, baseline)
+    else:
+        times, speed, untimed = _processor_times(space, kinds, rates, reasons)
     stated = None
     if baseline is not None and not any(name in reasons for name in structures_of(space, baseline)):
         whole = predict_memory(baseline, space.model, space.workload, space.cluster)
         stated = Prediction(
             device_used_bytes=whole.device_used_bytes,
             deviation=whole.deviation,
-            tokens_per_second_per_gpu=None if times is None else _speed(space, baseline),
+            tokens_per_second_per_gpu=speed,
         )
     return Plan(space, used, deviations, unpredicted, stated, times, untimed)
 
 
 def _times(space: Space) -> tuple[StepTimes | None, str | None]:
     """Step times of the candidates, or why they are not known."""
-    if space.cluster.device == "cpu":
-        return None, "how fast this machine's processors are is not known"
     try:
         shape = read_shape(space.model.name, space.model.config)
         if not shape.dense or len(set(shape.layers)) > 1:
@@ -143,6 +161,25 @@ def _times(space: Space) -> tuple[StepTimes | None, str | None]:
         return predict_trials(shape, trials, space.cluster).of(kinds), None
     except (InvalidModelError, UnknownHardwareError) as error:
         return None, str(error)
+
+
+def _processor_times(
+    space: Space, kinds: Kinds, rates: MachineRates | None, reasons: dict[str, str]
+) -> tuple[StepTimes | None, float | None, str | None]:
+    """Step times of the candidates, throughput of the baseline, or why they are not known."""
+    uncounted = next((reasons[name] for name in sorted(kinds.names) if name in reasons), None)
+    if uncounted is not None:
+        return None, None, f"the operators of some candidates cannot be counted: {uncounted}"
+    precisions = [str(precision) for precision in space.used("precision")]
+
+    def measured(ranks: int) -> MachineRates:
+        return machine_rates(ranks, precisions) if rates is None else rates
+
+    try:
+        times, baseline = kinds.times(measured), kinds.baseline(measured)
+    except UnknownHardwareError as error:
+        return None, None, str(error)
+    return times, None if baseline is None else baseline.at(0).tokens_per_second_per_gpu, None
 
 
 def _speed(space: Space, config: TrialConfig) -> float:

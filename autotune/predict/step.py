@@ -33,6 +33,7 @@ class TimePrediction:
     step_time_seconds: float
     tokens_per_second_per_gpu: float
     model_flops_utilization: float
+    """0..1; NaN where no peak is known (CPU)."""
     breakdown: dict[TimePart, float]
     """Seconds of the step."""
 
@@ -46,6 +47,7 @@ class StepTimes:
     """That one step trains on, divided by the GPUs."""
     flops_per_token: Values
     peak_flops: Values
+    """NaN where it is not known."""
 
     @property
     def step_seconds(self) -> Values:
@@ -59,7 +61,7 @@ class StepTimes:
 
     @property
     def model_flops_utilization(self) -> Values:
-        """0..1, of the dense peak of the precision."""
+        """0..1, of the dense peak of the precision; NaN where it is not known."""
         return self.tokens_per_second_per_gpu * self.flops_per_token / self.peak_flops
 
     def of(self, which: NDArray[np.int64]) -> "StepTimes":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from autotune.predict.memory import is_traced, stream, structures
+from autotune.predict.operators import is_counted, operators
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
 
@@ -33,9 +34,19 @@ def structures_of(space: Space, config: TrialConfig) -> tuple[str, ...]:
     return structures(space.model, config, accumulates=micro_steps(space, config) > 1)
 
 
-def trace_structures(names: Iterable[str], on_traced: OnTraced = lambda done, total: None) -> dict[str, str]:
-    """Trace what is not on disk yet; returns why some structures could not be."""
+def trace_structures(
+    names: Iterable[str], on_traced: OnTraced = lambda done, total: None, *, counted: Iterable[str] = ()
+) -> dict[str, str]:
+    """Trace what is not on disk yet; returns why some structures could not be.
+
+    Args:
+        names: of `memory.structures`.
+        on_traced: told after each.
+        counted: names of `operators.operators_name`, whose operators are counted besides.
+    """
     missing = sorted(name for name in names if not is_traced(name))
+    uncounted = {name for name in counted if not is_counted(name)}
+    missing += sorted(uncounted)
     if not missing:
         return {}
     reasons: dict[str, str] = {}
@@ -43,8 +54,8 @@ def trace_structures(names: Iterable[str], on_traced: OnTraced = lambda done, to
     # In processes of their own: a trace takes the process group and changes libraries meanwhile. Not forked, because
     # this process may have threads.
     workers = min(len(missing), len(os.sched_getaffinity(0)), MAX_WORKERS)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare) as pool:
-        running = {pool.submit(_trace, name): name for name in missing}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=prepare) as pool:
+        running = {pool.submit(_count if name in uncounted else _trace, name): name for name in missing}
         try:
             for done, future in enumerate(as_completed(running), 1):
                 reason = future.result()
@@ -58,14 +69,22 @@ def trace_structures(names: Iterable[str], on_traced: OnTraced = lambda done, to
 
 
 def _trace(name: str) -> str | None:
+    return _reason(stream, name)
+
+
+def _count(name: str) -> str | None:
+    return _reason(operators, name)
+
+
+def _reason(run: Callable[[str], object], name: str) -> str | None:
     try:
-        stream(name)
+        run(name)
     except Exception as error:  # whatever a library says of a config: it is that config's problem, not the plan's
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Keep a tracing process to one core and away from the terminal, and let it end with its parent."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")

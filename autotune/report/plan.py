@@ -1,6 +1,7 @@
 """A plan and the explanation of one config, in words for the terminal and as plain JSON data."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -284,8 +285,10 @@ def _refusals(space: Space) -> Iterable[Text]:
 
 def _table(plan: Plan, indexes: Sequence[int]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
+    peaked = plan.times is not None and not np.isnan(plan.times.peak_flops).any()
     if plan.times is not None:
         table.add_column("tokens/s/GPU", justify="right")
+    if peaked:
         table.add_column("of peak", justify="right")
     table.add_column("needs", justify="right")
     table.add_column("of which")
@@ -297,7 +300,7 @@ def _table(plan: Plan, indexes: Sequence[int]) -> Table:
         if plan.times is not None:
             time = plan.times.at(at)
             speed = [f"{format_rate(time.tokens_per_second_per_gpu)}"]
-            speed += [f"{time.model_flops_utilization:.0%}"]
+            speed += [f"{time.model_flops_utilization:.0%}"] if peaked else []
         needs = [format_bytes(memory.device_used_bytes), _largest_parts(memory, 2)]
         table.add_row(*speed, *needs, Text(config.describe()))
     return table
@@ -312,7 +315,9 @@ def _top_document(plan: Plan, at: int) -> dict[str, Any]:
         **_memory_document(memory, plan.space.usable_bytes),
         "tokens_per_second_per_gpu": None if time is None else round(time.tokens_per_second_per_gpu, 1),
         "step_time_seconds": None if time is None else round(time.step_time_seconds, 4),
-        "model_flops_utilization": None if time is None else round(time.model_flops_utilization, 4),
+        "model_flops_utilization": None
+        if time is None or math.isnan(time.model_flops_utilization)
+        else round(time.model_flops_utilization, 4),
     }
 
 

@@ -56,8 +56,11 @@ def test_a_plan_as_json(space: Path) -> None:
     assert document["predicted_fit"] == len(document["top"]) > 0
     assert document["predicted_oom"] > 0
     assert document["baseline"]["device_used_bytes"] > 0
-    sizes = [entry["device_used_bytes"] for entry in document["top"]]
+    sizes = [entry["device_used_bytes"] for entry in document["smallest"]]
     assert sizes == sorted(sizes)
+    speeds = [entry["tokens_per_second_per_gpu"] for entry in document["top"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert document["top"][0]["model_flops_utilization"] is None
     for entry in document["top"]:
         assert sum(entry["breakdown"].values()) == entry["device_used_bytes"] <= document["usable_bytes"]
 

@@ -4,22 +4,25 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from autotune.errors import NothingFeasibleError
+from autotune.errors import NothingFeasibleError, UnknownHardwareError
 from autotune.predict import plan as planning
 from autotune.predict import tracing
 from autotune.predict.levers import explain
+from autotune.predict.machine import MachineRates
 from autotune.predict.memory import predict_memory
 from autotune.predict.plan import SURE, Plan, plan_memory, require_feasible
 from autotune.predict.shape import read_shape
 from autotune.predict.throughput import Trials, predict_trials
 from autotune.space.space import Space, load_space
 from autotune.spec.prediction import MemoryPrediction
+from tests.predict.samples import RATES
 from tests.samples import sample_space
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
@@ -47,6 +50,7 @@ KEYED: dict[str, Any] = PLAIN | {
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(planning, "machine_rates", lambda ranks, precisions: RATES)
         yield
 
 
@@ -111,7 +115,7 @@ def test_what_cannot_be_traced_has_its_reason_and_is_not_refused(
 ) -> None:
     real = tracing._trace
 
-    def failing(names: set[str], on_traced: Any = None) -> dict[str, str]:
+    def failing(names: set[str], on_traced: Any = None, *, counted: Any = ()) -> dict[str, str]:
         bad = {name: "RuntimeError: no kernel" for name in names if '"zero_stage": 3' in name}
         return bad | {name: reason for name in names - set(bad) if (reason := real(name))}
 
@@ -129,7 +133,7 @@ def test_what_cannot_be_traced_has_its_reason_and_is_not_refused(
 def test_a_value_of_a_key_that_cannot_be_traced_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = tracing._trace
 
-    def failing(names: set[str], on_traced: Any = None) -> dict[str, str]:
+    def failing(names: set[str], on_traced: Any = None, *, counted: Any = ()) -> dict[str, str]:
         bad = {name: "RuntimeError: no such bucket" for name in names if "777" in name}
         return bad | {name: reason for name in names - set(bad) if (reason := real(name))}
 
@@ -233,7 +237,30 @@ def test_mixtures_of_experts_are_not_timed(tmp_path: Path) -> None:
     assert "dense" in str(reason)
 
 
-def test_processors_are_not_timed(tmp_path: Path) -> None:
-    times, reason = planning._times(sample_space(tmp_path, search=PLAIN))
-    assert times is None
-    assert "processors" in str(reason)
+def test_processors_are_timed_by_their_operators(tmp_path: Path) -> None:
+    baseline = {"precision": "bf16", "zero_stage": 3, "micro_batch_size": 4, "activation_checkpointing": "full"}
+    space = sample_space(tmp_path, search=PLAIN, baseline=baseline)
+    plan = plan_memory(space, rates=RATES)
+    assert plan.times is not None
+    step = dict(zip(map(plan.space.candidates.__getitem__, range(16)), plan.times.step_seconds, strict=True))
+    for config, seconds in step.items():
+        fewer = replace(config, micro_batch_size=2 * config.micro_batch_size)
+        assert fewer not in step or seconds > step[fewer]  # fewer micro-steps, fewer calls
+        kept = replace(config, activation_checkpointing="none")
+        assert seconds >= step[kept]
+        assert step[replace(config, zero_stage=3)] >= step[replace(config, zero_stage=0)]
+    assert space.baseline is not None
+    stated = plan.of(space.baseline)
+    assert stated is not None
+    tokens = space.workload.global_batch_size * space.file.workload.sequence_length / 2
+    assert stated.tokens_per_second_per_gpu == pytest.approx(tokens / step[space.baseline])
+    assert math.isnan(plan.times.at(0).model_flops_utilization)
+
+
+def test_processors_that_cannot_be_measured_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(ranks: int, precisions: object) -> MachineRates:
+        raise UnknownHardwareError("no cores")
+
+    monkeypatch.setattr(planning, "machine_rates", failing)
+    plan = plan_memory(sample_space(tmp_path, search=PLAIN, baseline=...))
+    assert (plan.times, plan.untimed) == (None, "no cores")

@@ -90,7 +90,7 @@ def test_a_rank_that_ran_out_later_is_out_of_memory_and_not_the_best(replay: Any
     index = next(at for at, one in enumerate(scenario.rows) if one["outcome"] == "ok_then_oom")
     assert scenario.is_oom(index)
     assert scenario.throughput[index] == 0
-    assert replay._lesson(scenario, index, index).ran_out
+    assert scenario.observed(index, index, 0).ran_out
 
 
 def test_regret_is_one_while_nothing_was_measured_and_never_rises(replay: Any) -> None:
