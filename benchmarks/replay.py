@@ -352,7 +352,7 @@ def replay(
     return report
 
 
-def _summary(runs: Sequence[tuple[Scenario, Launches]], budget: int, marks: Sequence[int]) -> dict[str, Any]:
+def _summary(runs: Sequence[tuple[Scenario, Launches]], budget: int, marks: Sequence[int] = MARKS) -> dict[str, Any]:
     curves = np.array([regrets(scenario, launched, budget) for scenario, launched in runs])
     found: dict[str, Any] = {
         f"regret_after_{mark}": round(float(curves[:, mark - 1].mean()), 4) for mark in marks if mark <= budget
