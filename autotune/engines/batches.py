@@ -26,23 +26,30 @@ def sequence(
 def micro_batch(
     config: TrialConfig, workload: Workload, vocab_size: int, *, step: int, micro_step: int, rank: int
 ) -> torch.Tensor:
-    """Token ids (micro_batch_size, sequence_length) int64, on the host, of one rank's forward pass.
+    """Token ids (sequences, sequence_length) int64, on the host, of one rank's forward pass.
 
-    The micro-steps of an optimizer step walk through the global batch; within one, the data-parallel ranks stand side
-    by side: rank r of R takes sequences (micro_step x R + r) x micro_batch_size onwards.
+    The micro-batches of an optimizer step walk through the global batch; within one, the data-parallel ranks stand side
+    by side: data-parallel rank r of R takes sequences (index of the micro-batch x R + r) x micro_batch_size onwards. A
+    micro-step has one micro-batch, that of a pipeline all of the optimizer step one after another.
 
     Raises:
         ValueError: `micro_step` lies outside the optimizer step.
     """
-    steps = workload.gradient_accumulation_steps(config)
+    steps = workload.micro_steps(config)
     if not 0 <= micro_step < steps:
         raise ValueError(f"micro_step {micro_step} is outside an optimizer step of {steps} micro-steps")
-    first = (micro_step * config.data_parallel_size + rank) * config.micro_batch_size
+    size, ranks = config.micro_batch_size, config.data_parallel_size
+    batches = workload.gradient_accumulation_steps(config) // steps
+    firsts = [
+        (batch * ranks + config.data_parallel_rank(rank)) * size
+        for batch in range(micro_step * batches, (micro_step + 1) * batches)
+    ]
     return torch.from_numpy(
         np.stack(
             [
                 sequence(workload.seed, step, first + i, config.sequence_length, vocab_size)
-                for i in range(config.micro_batch_size)
+                for first in firsts
+                for i in range(size)
             ]
         )
     )

@@ -30,10 +30,10 @@ from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
     build_model,
-    data_parallel_mesh,
     materialize,
     shard_with_fsdp2,
 )
+from autotune.modeling.mesh import data_parallel_mesh
 from autotune.spec.request import TrialRequest
 
 
@@ -54,6 +54,17 @@ class PyTorchEngine:
         self._accumulation = workload.gradient_accumulation_steps(config)
         # 0 means no clipping, to the Trainer and to DeepSpeed; to `clip_grad_norm_` it would mean no gradients.
         self._max_norm = workload.max_gradient_norm or float("inf")
+        self._model = self._lay_out(request, device)
+        self._parameters = list(self._model.parameters())
+        self._optimizer = torch.optim.AdamW(
+            _parameter_groups(self._parameters, workload.weight_decay), lr=workload.learning_rate, fused=True
+        )
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self._norm = torch.tensor(float("nan"))
+
+    def _lay_out(self, request: TrialRequest, device: torch.device) -> torch.nn.Module:
+        """The module that `forward` calls, on the device and wrapped as the config says."""
+        config = request.config
         model = build_model(request.model, config.attention)
         apply_activation_checkpointing(model, config)
         if config.precision != "fp32":
@@ -61,20 +72,15 @@ class PyTorchEngine:
             model.forward = convert_outputs_to_fp32(autocast(model.forward))
         if config.zero_stage:
             shard_with_fsdp2(model, config, data_parallel_mesh(device.type, config.gpus))
-        materialize(model, device, torch.float32, workload.seed)
-        self._model: torch.nn.Module = model
-        if not config.zero_stage and config.gpus > 1:
-            self._model = DistributedDataParallel(
-                model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                find_unused_parameters=config.activation_checkpointing == "none",
-            )
-        self._parameters = list(model.parameters())
-        self._optimizer = torch.optim.AdamW(
-            _parameter_groups(model, workload.weight_decay), lr=workload.learning_rate, fused=True
+        materialize(model, device, torch.float32, request.workload.seed)
+        sharded: torch.nn.Module = model
+        if config.zero_stage or config.gpus == 1:
+            return sharded
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            find_unused_parameters=config.activation_checkpointing == "none",
         )
-        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self._norm = torch.tensor(float("nan"))
 
     def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
         """See `Engine.forward`."""
@@ -133,10 +139,10 @@ class PyTorchEngine:
         return nullcontext()
 
 
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
     """AdamW's groups as the Trainer makes them: matrices decay, norms and biases do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
     groups: list[dict[str, object]] = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

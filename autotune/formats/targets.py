@@ -15,17 +15,24 @@ from autotune.spec.cluster import Device
 from autotune.spec.config import TrialConfig
 from autotune.spec.workload import Workload
 
-Target = Literal["hf_trainer", "accelerate", "deepspeed"]
+Target = Literal["hf_trainer", "accelerate", "deepspeed", "autotune"]
 """`hf_trainer`: transformers' Trainer with training_args.yaml. `accelerate`: a script on accelerate's `Accelerator`
-with accelerate.yaml. `deepspeed`: a script that calls `deepspeed.initialize` with ds_config.json."""
+with accelerate.yaml. `deepspeed`: a script that calls `deepspeed.initialize` with ds_config.json. `autotune`: the
+exported train.py, which trains on the user's text with the engine that trials ran."""
+
+_NAMES = {"hf_trainer": "transformers' Trainer", "accelerate": "accelerate"}
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def cannot_express(target: Target, config: TrialConfig, device: Device) -> str | None:
     """Why `target` cannot run `config` as it was measured, or None when it can."""
+    if target == "autotune":
+        return None if config.engine == "pytorch" else "train.py runs engine pytorch alone"
     if target == "deepspeed":
         return None if config.engine == "deepspeed" else f"DeepSpeed does not run engine {config.engine}"
+    if config.has_own_layout:
+        return f"{_NAMES[target]} does not run {config.own_layout} as trials do"
     if device == "cpu":
         return _not_on_cpu(target, config)
     return None

@@ -1,5 +1,9 @@
 """The model of a trial: what is built, how it is laid out, and how its bytes are counted.
 
 build.py           the Hugging Face model on meta, its checkpointing, its FSDP2 sharding, its random weights
+mesh.py            which ranks share what
+stage.py           the decoder, or a pipeline stage of it, from token ids to the loss
+tensor_parallel.py which rank has what of each matrix
+ulysses.py         sequences in pieces, and heads in attention
 memory_tracker.py  live and peak bytes of tensors, with a limit, on any device and on fake tensors
 """

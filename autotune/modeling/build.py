@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from accelerate import init_empty_weights
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -107,12 +107,6 @@ def layer_kinds(spec: ModelSpec, attention: Attention) -> list[object]:
     ]
 
 
-def data_parallel_mesh(device_type: str, ranks: int) -> DeviceMesh:
-    """All ranks in one dimension. Its table of ranks is read, so it is real even where tensors are fake."""
-    with unset_fake_temporarily():
-        return init_device_mesh(device_type, (ranks,))
-
-
 def shard_with_fsdp2(model: PreTrainedModel, config: TrialConfig, mesh: DeviceMesh) -> None:
     """Shard the parameters of `model` over `mesh` in place, in the units that accelerate makes.
 
@@ -124,20 +118,40 @@ def shard_with_fsdp2(model: PreTrainedModel, config: TrialConfig, mesh: DeviceMe
     `reduce_dtype` = `param_dtype`. It also casts every output to it; we do not, because the only output that this would
     change is the loss, which would keep three digits.
     """
+    # Named norm, final_layernorm, ln_f: it is the last of the base model's own children that is one.
+    norms = [module for module in model.base_model.children() if "Norm" in type(module).__name__]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shard_units(model, embedding, [*norms[-1:], head], config, mesh)
+
+
+def shard_units(
+    root: torch.nn.Module,
+    embedding: torch.nn.Module | None,
+    tail: list[torch.nn.Module],
+    config: TrialConfig,
+    mesh: DeviceMesh,
+) -> None:
+    """Shard the units of `shard_with_fsdp2`, of which a stage of a pipeline has some.
+
+    Args:
+        root: what is called, with everything in it.
+        embedding: the input embedding; None where another stage has it.
+        tail: final norm and output embedding; empty where another stage has them.
+        config: precision and stage.
+        mesh: the ranks to shard over, one dimension.
+    """
     compute = COMPUTE_DTYPES[config.precision]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute)
     reshard = config.zero_stage == 3
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = embedding.weight is head.weight
-    for layer in checkpointed_layers(model):
+    for layer in checkpointed_layers(root):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # Named norm, final_layernorm, ln_f: it is the last of the base model's own children that is one.
-    norms = [module for module in model.base_model.children() if "Norm" in type(module).__name__]
-    tail = [*norms[-1:], *([embedding] if tied else []), head]
-    if not tied:
+    if embedding is not None and tail and embedding.weight is tail[-1].weight:
+        tail = [*tail[:-1], embedding, tail[-1]]
+    elif embedding is not None:
         fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(tail, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if tail:
+        fully_shard(tail, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def materialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, seed: int) -> None:

@@ -23,7 +23,7 @@ from autotune.predict.shape import read_shape
 from autotune.predict.step import StepTimes
 from autotune.predict.stream import fragmentation_bytes
 from autotune.predict.throughput import Trials, predict_trials
-from autotune.predict.tracing import OnTraced, micro_steps, structures_of, trace_structures
+from autotune.predict.tracing import OnTraced, structures_of, trace_structures
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.prediction import Prediction
@@ -34,6 +34,10 @@ SURE = 0.01
 
 KEY_DEVIATION = 0.02
 """A ratio: how far a peak may be off when DeepSpeed keys have other values than those that it was traced with whole."""
+
+
+UNSPLIT = {"tensor_parallel_size": 1, "sequence_parallel_size": 1, "pipeline_parallel_size": 1, "loss": "full_logits"}
+"""The axes of layouts, with the values of the layouts whose times are predicted."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ def plan_memory(
     effects = _KeyEffects(space, cells)
     baseline = space.baseline
     wanted = [cells.structures, *effects.structures, [structures_of(space, baseline)] if baseline else []]
-    kinds = Kinds(space) if space.cluster.device == "cpu" else None
+    untimed = _untimed_layouts(space)
+    kinds = Kinds(space) if space.cluster.device == "cpu" and untimed is None else None
     counted = set() if kinds is None else kinds.names
     reasons = trace_structures(
         {name for found in wanted for names in found for name in names}, on_traced, counted=counted
@@ -133,8 +138,11 @@ def plan_memory(
     if lost.any():
         unpredicted[effects.why_lost(reasons)] += int(lost.sum())
     deviations = np.hypot(np.hypot(deviation(space.cluster), KEY_DEVIATION * moved), uncertain / used)
+    times: StepTimes | None = None
     speed: float | None = None
-    if kinds is None:
+    if untimed is not None:
+        pass
+    elif kinds is None:
         times, untimed = _times(space)
         if times is not None and baseline is not None:
             speed = _speed(space, baseline)
@@ -149,6 +157,13 @@ def plan_memory(
             tokens_per_second_per_gpu=speed,
         )
     return Plan(space, used, deviations, unpredicted, stated, times, untimed)
+
+
+def _untimed_layouts(space: Space) -> str | None:
+    """Why no times are predicted where some candidate's model or loss is split; None where none is."""
+    if any(space.used(axis) != (plain,) for axis, plain in UNSPLIT.items()):
+        return "times of tensor, sequence and pipeline parallelism and of a chunked loss are not predicted yet"
+    return None
 
 
 def _times(space: Space) -> tuple[StepTimes | None, str | None]:
@@ -219,7 +234,7 @@ class _Cells:
         columns = space.columns
         self._batch = np.array(space.axes["micro_batch_size"], np.int64)[columns["micro_batch_size"]]
         kinds = columns.kinds(axis for axis in _main_axes(space) if axis != "micro_batch_size")
-        code = 2 * kinds + self._accumulates(columns["gpus"], columns["micro_batch_size"])
+        code = 2 * kinds + self._accumulates()
         # The first candidate of a cell has the first value of every key.
         _, firsts, self.of = np.unique(code, return_index=True, return_inverse=True)
         self.examples: list[TrialConfig] = [space.candidates[int(at)] for at in firsts]
@@ -241,13 +256,15 @@ class _Cells:
             peaks[those] = _peak_bytes(self._space, example, names, batches)[which]
         return peaks, unpredicted
 
-    def _accumulates(self, gpus: NDArray[np.int16], batches: NDArray[np.int16]) -> NDArray[np.bool_]:
-        """(candidates,): whether an optimizer step has several micro-steps."""
-        axes, example = self._space.axes, self._space.candidates[0]
-        sizes = [(g, b) for g in axes["gpus"] for b in axes["micro_batch_size"]]
-        steps = [micro_steps(self._space, replace(example, gpus=int(g), micro_batch_size=int(b))) for g, b in sizes]
-        found: NDArray[np.int64] = np.reshape(steps, (len(axes["gpus"]), -1))[gpus, batches]
-        return found > 1
+    def _accumulates(self) -> NDArray[np.bool_]:
+        """(candidates,): whether an optimizer step has several micro-batches."""
+        space, columns = self._space, self._space.columns
+        degrees = ("tensor_parallel_size", "sequence_parallel_size", "pipeline_parallel_size")
+        ranks = np.array(space.axes["gpus"], np.int64)[columns["gpus"]]
+        for axis in degrees:
+            ranks //= np.array(space.axes[axis], np.int64)[columns[axis]]
+        found: NDArray[np.bool_] = space.workload.global_batch_size // (self._batch * ranks) > 1
+        return found
 
 
 class _KeyEffects:

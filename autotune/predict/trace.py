@@ -11,6 +11,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from autotune.errors import UsageError
 from autotune.modeling.build import layer_kinds
 from autotune.predict.fake import fake_trial
 from autotune.predict.record import Recorder
@@ -59,8 +60,10 @@ def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, ra
         rank: whose step it is.
 
     Raises:
-        UsageError: the engine refuses the config.
+        UsageError: the engine refuses the config, or its layout is not predicted.
     """
+    if config.has_own_layout:
+        raise UsageError(f"memory with {config.own_layout} is not predicted yet")
     depth = model.num_hidden_layers
 
     def record(layers: int, batch: int, length: int) -> Trace:

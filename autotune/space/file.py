@@ -10,7 +10,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from autotune.errors import InvalidSpaceError, shown
 from autotune.formats.targets import TARGETS, Target
-from autotune.spec.config import ActivationCheckpointing, Attention, Engine, Offload, Precision, Scalar
+from autotune.spec.config import (
+    ActivationCheckpointing,
+    Attention,
+    Engine,
+    Loss,
+    Offload,
+    PipelineSchedule,
+    Precision,
+    Scalar,
+)
 from autotune.units import format_bytes, parse_bytes
 
 MAX_FILE_BYTES = 64 * 1024
@@ -109,6 +118,11 @@ class SearchFile(_Strict):
     selective_every: Axis[AtLeastTwo] = [2]
     micro_batch_size: Axis[PositiveInt] = [1, 2, 4, 8, 16]
     attention: Axis[Attention] = ["sdpa"]
+    tensor_parallel_size: Axis[PositiveInt] = [1]
+    sequence_parallel_size: Axis[PositiveInt] = [1]
+    pipeline_parallel_size: Axis[PositiveInt] = [1]
+    pipeline_schedule: Axis[PipelineSchedule] = ["1f1b"]
+    loss: Axis[Loss] = ["full_logits"]
     deepspeed: dict[Name, Axis[Number]] = {}
 
 
@@ -124,6 +138,11 @@ class BaselineFile(_Strict):
     selective_every: AtLeastTwo | None = None
     micro_batch_size: PositiveInt | None = None
     attention: Attention | None = None
+    tensor_parallel_size: PositiveInt | None = None
+    sequence_parallel_size: PositiveInt | None = None
+    pipeline_parallel_size: PositiveInt | None = None
+    pipeline_schedule: PipelineSchedule | None = None
+    loss: Loss | None = None
     deepspeed: dict[Name, Number] = {}
 
 

@@ -1,44 +1,21 @@
-"""The rules that refuse a config before any process starts. Each names the values that clash and why.
-
-A rule says which fields it reads, so that a space of millions is judged on the few combinations of those alone
-(`autotune.space.grid`).
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+"""The rules that refuse a config before any process starts. Each names the values that clash and why."""
 
 from autotune.formats.targets import Target, no_target
+from autotune.space.layouts import LAYOUT_RULES
+from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
-Judge = Callable[[TrialConfig, Workload, ModelSpec, ClusterSpec], str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """Calling it gives the reason why a config is illegal, or None."""
-
-    reads: tuple[str, ...]
-    """The fields of the config that decide; whatever the others are, the answer is the same."""
-    judge: Judge
-
-    def __call__(self, config: TrialConfig, workload: Workload, model: ModelSpec, cluster: ClusterSpec) -> str | None:
-        """Why the config is illegal, or None when this rule has nothing against it."""
-        return self.judge(config, workload, model, cluster)
-
-
-def _reads(*fields: str) -> Callable[[Judge], Rule]:
-    return lambda judge: Rule(fields, judge)
-
 
 def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
     """Every rule of a study, in the order in which they speak: the config can run, and a target can run it later."""
-    return (*RULES, Rule(("engine",), lambda config, *_: no_target(targets, config)))
+    expressed = Rule(("engine", "loss", *DEGREES), lambda config, *_: no_target(targets, config))
+    return (*RULES, *LAYOUT_RULES, expressed)
 
 
-AXES_OF_CONDITIONS = ("engine", "zero_stage", "activation_checkpointing")
+AXES_OF_CONDITIONS = ("engine", "zero_stage", "activation_checkpointing", "pipeline_parallel_size")
 """What `applies` reads of a config."""
 
 
@@ -49,6 +26,8 @@ def applies(axis: str, config: TrialConfig) -> bool:
     """
     if axis == "selective_every":
         return config.activation_checkpointing == "selective"
+    if axis == "pipeline_schedule":
+        return config.pipeline_parallel_size > 1
     group, _, key = axis.partition(".")
     return _deepspeed_key_applies(key, config) if group == "deepspeed" else True
 
@@ -65,7 +44,7 @@ def _deepspeed_key_applies(key: str, config: TrialConfig) -> bool:
     return config.zero_stage >= 1
 
 
-@_reads("micro_batch_size", "gpus")
+@reads("micro_batch_size", "gpus", *DEGREES)
 def _batch_divides(config: TrialConfig, workload: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     try:
         workload.gradient_accumulation_steps(config)
@@ -74,7 +53,7 @@ def _batch_divides(config: TrialConfig, workload: Workload, _model: ModelSpec, _
     return None
 
 
-@_reads("gpus")
+@reads("gpus")
 def _fits_the_cluster(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
     per_node = cluster.gpus_per_node
     if config.gpus > cluster.total_gpus:
@@ -84,7 +63,7 @@ def _fits_the_cluster(config: TrialConfig, _work: Workload, _model: ModelSpec, c
     return None
 
 
-@_reads("sequence_length")
+@reads("sequence_length")
 def _sequence_fits(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     limit = model.max_position_embeddings
     if config.sequence_length > limit:
@@ -92,14 +71,14 @@ def _sequence_fits(config: TrialConfig, _work: Workload, model: ModelSpec, _clus
     return None
 
 
-@_reads("engine", "zero_stage")
+@reads("engine", "zero_stage")
 def _pytorch_stage(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.engine == "pytorch" and config.zero_stage == 1:
         return "zero_stage 1 does not exist on engine pytorch, which shards by FSDP2 (2 and 3) or not at all (0)"
     return None
 
 
-@_reads("offload", "engine", "zero_stage")
+@reads("offload", "engine", "zero_stage")
 def _offload(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.offload == "none":
         return None
@@ -112,7 +91,7 @@ def _offload(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: 
     return None
 
 
-@_reads("activation_checkpointing", "selective_every")
+@reads("activation_checkpointing", "selective_every")
 def _selective(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.activation_checkpointing != "selective":
         return None
@@ -122,14 +101,14 @@ def _selective(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster:
     return None
 
 
-@_reads("precision", "engine")
+@reads("precision", "engine")
 def _fp16_on_cpu(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
     if config.precision == "fp16" and cluster.device == "cpu" and config.engine == "deepspeed":
         return "precision fp16 on engine deepspeed needs a GPU (DeepSpeed refuses fp16 on CPU)"
     return None
 
 
-@_reads("attention", "precision")
+@reads("attention", "precision")
 def _flash_attention(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
     if config.attention != "flash_attention_2":
         return None

@@ -22,7 +22,8 @@ from autotune.errors import (
 from autotune.space.candidates import ABSENT, Candidates, Columns
 from autotune.space.file import SpaceFile, parse_space, read_space_file
 from autotune.space.grid import Grid
-from autotune.space.legality import Rule, applies, rules
+from autotune.space.legality import applies, rules
+from autotune.space.rule import Rule
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
@@ -109,6 +110,8 @@ class Space:
         fields = {key: value for key, value in values.items() if not key.startswith("deepspeed.")}
         if fields["activation_checkpointing"] != "selective":
             fields["selective_every"] = None
+        if fields["pipeline_parallel_size"] == 1:
+            fields["pipeline_schedule"] = None
         config = TrialConfig(**fields, sequence_length=self.file.workload.sequence_length)
         keys = {key.removeprefix("deepspeed."): value for key, value in values.items() if key.startswith("deepspeed.")}
         applicable = ((key, value) for key, value in keys.items() if applies(f"deepspeed.{key}", config))
@@ -177,7 +180,7 @@ class Space:
             if axis.partition(".")[0] not in self.file.search.model_fields_set:
                 continue  # our own default, which nobody asked for
             used = self.used(axis)
-            if axis == "selective_every" and used == (NOT_APPLICABLE,):
+            if axis in ("selective_every", "pipeline_schedule") and used == (NOT_APPLICABLE,):
                 continue
             for at, value in enumerate(values):
                 if value not in used:
@@ -297,11 +300,12 @@ def _check_combinations(space: Space, axes: Iterable[str], limit: int) -> None:
     combinations = math.prod(sizes.values())
     if combinations > limit:
         longest = sorted(sizes, key=lambda axis: sizes[axis], reverse=True)[:3]
-        which = "the axes" if len(sizes) == len(space.axes) else " x ".join(sizes)
+        searched = [axis for axis in sizes if sizes[axis] > 1]
+        which = "the axes" if len(sizes) == len(space.axes) else " x ".join(searched)
         count = f"{combinations:,}" if combinations < 10**15 else "more than a quadrillion"
         raise InvalidSpaceError(
             f"{space.where}: search: {which} have {count} combinations, but at most {limit:,} are searched;"
-            f" shorten {', '.join(f'{axis[:80]} ({sizes[axis]} values)' for axis in longest)}"
+            f" shorten {', '.join(f'{axis[:80]} ({sizes[axis]} values)' for axis in longest if sizes[axis] > 1)}"
         )
 
 

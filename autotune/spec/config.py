@@ -11,10 +11,25 @@ Precision = Literal["bf16", "fp16", "fp32"]
 Offload = Literal["none", "optimizer", "optimizer+parameters"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
+PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
+Loss = Literal["full_logits", "chunked"]
 Scalar = bool | int | float | str
+
+STAGES_PER_RANK: dict[PipelineSchedule, int] = {"1f1b": 1, "interleaved_1f1b": 2, "zero_bubble": 2}
+"""Pipeline stages of one rank, by schedule."""
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+LATER_FIELDS = {
+    "tensor_parallel_size": 1,
+    "sequence_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "pipeline_schedule": None,
+    "loss": "full_logits",
+}
+"""Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
+fingerprint under which such a store knows it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +56,16 @@ class TrialConfig:
     """The n of `selective`; None otherwise."""
     attention: Attention = "sdpa"
     """Attention kernel, by its transformers name."""
+    tensor_parallel_size: int = 1
+    """Ranks that share every weight matrix of a layer, and between the matrices the sequence."""
+    sequence_parallel_size: int = 1
+    """Ranks that share one sequence, and inside attention the heads (Ulysses)."""
+    pipeline_parallel_size: int = 1
+    """Ranks that share the layers, each some of them in a row."""
+    pipeline_schedule: PipelineSchedule | None = None
+    """In which order a pipeline runs its micro-batches; None without a pipeline."""
+    loss: Loss = "full_logits"
+    """`chunked`: the logits are computed, and recomputed in the backward pass, a piece of the sequence at a time."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
 
@@ -50,15 +75,47 @@ class TrialConfig:
         object.__setattr__(self, "deepspeed", tuple(sorted(whole.items(), key=lambda item: item[0])))
 
     @property
+    def model_parallel_size(self) -> int:
+        """Ranks that work on the same data: one each of tensor, sequence and pipeline parallel ranks."""
+        return self.tensor_parallel_size * self.sequence_parallel_size * self.pipeline_parallel_size
+
+    @property
     def data_parallel_size(self) -> int:
-        """Ranks that see different data. Equal to the world size until a layout splits the model itself."""
-        return self.gpus
+        """Ranks that see different data; 0 where `gpus` does not suffice for one of them."""
+        return self.gpus // self.model_parallel_size
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that have the same parameters and different tokens: what DDP replicates over and ZeRO shards over."""
+        return self.data_parallel_size * self.sequence_parallel_size
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Pieces that the layers are cut into."""
+        per_rank = 1 if self.pipeline_schedule is None else STAGES_PER_RANK[self.pipeline_schedule]
+        return self.pipeline_parallel_size * per_rank
+
+    @property
+    def has_own_layout(self) -> bool:
+        """The model is split, or its loss is, in a way that transformers' Trainer does not do."""
+        return self.model_parallel_size > 1 or self.loss != "full_logits"
+
+    @property
+    def own_layout(self) -> str:
+        """What makes `has_own_layout` true, in the words of the space file; empty where it is not."""
+        sizes = ("tensor_parallel_size", "sequence_parallel_size", "pipeline_parallel_size")
+        found = [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) > 1]
+        return " with ".join(found + ([f"loss {self.loss}"] if self.loss != "full_logits" else []))
+
+    def data_parallel_rank(self, rank: int) -> int:
+        """Whose data a rank sees. Ranks are counted in the order of the mesh (pipeline, data, sequence, tensor)."""
+        return rank // (self.sequence_parallel_size * self.tensor_parallel_size) % self.data_parallel_size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` reads it back."""
         fields = dataclasses.asdict(self)
         fields["deepspeed"] = dict(self.deepspeed)
-        return fields
+        return {key: value for key, value in fields.items() if LATER_FIELDS.get(key, ...) != value}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
@@ -85,4 +142,14 @@ class TrialConfig:
             words.append(f"offload {self.offload}")
         if self.attention != "sdpa":
             words.append(self.attention)
+        degrees = {
+            "tp": self.tensor_parallel_size,
+            "sp": self.sequence_parallel_size,
+            "pp": self.pipeline_parallel_size,
+        }
+        words += [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+        if self.pipeline_schedule is not None:
+            words.append(self.pipeline_schedule)
+        if self.loss != "full_logits":
+            words.append(f"{self.loss} loss")
         return " ".join(words)

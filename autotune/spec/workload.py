@@ -19,11 +19,17 @@ class Workload:
     seed: int = 1
 
     def gradient_accumulation_steps(self, config: TrialConfig) -> int:
-        """Micro-steps per optimizer step: global batch / (micro-batch x data-parallel ranks).
+        """Micro-batches per optimizer step and data-parallel rank: global batch / (micro-batch x data-parallel ranks).
 
         Raises:
-            ValueError: the global batch does not divide; the message shows every term.
+            ValueError: the GPUs or the global batch do not divide; the message shows every term.
         """
+        if config.gpus % config.model_parallel_size:
+            raise ValueError(
+                f"gpus {config.gpus} is no multiple of tensor_parallel_size {config.tensor_parallel_size}"
+                f" x sequence_parallel_size {config.sequence_parallel_size}"
+                f" x pipeline_parallel_size {config.pipeline_parallel_size} = {config.model_parallel_size}"
+            )
         per_pass = config.micro_batch_size * config.data_parallel_size
         steps, rest = divmod(self.global_batch_size, per_pass)
         if rest or not steps:
@@ -33,6 +39,16 @@ class Workload:
                 f" x data_parallel_size {config.data_parallel_size} = {per_pass}"
             )
         return steps
+
+    def micro_steps(self, config: TrialConfig) -> int:
+        """Forward and backward passes that an optimizer step asks an engine for: one a micro-batch, or a single one
+        where a pipeline runs all of them.
+
+        Raises:
+            ValueError: the GPUs or the global batch do not divide.
+        """
+        steps = self.gradient_accumulation_steps(config)
+        return 1 if config.pipeline_parallel_size > 1 else steps
 
     def tokens_per_step(self, config: TrialConfig) -> int:
         """Tokens that one optimizer step trains on, over all ranks."""

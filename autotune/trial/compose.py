@@ -18,10 +18,11 @@ def compose(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSpe
         model FLOPs utilization = FLOPs per token x tokens per second and GPU / dense peak of the GPU
 
     Left out: what happens once per many steps (saving, evaluating, loading data). Samples of different ranks are not
-    matched up: the medians of one rank are added, then the slowest rank is taken.
+    matched up: the medians of one rank are added, then the slowest rank is taken. A pipeline's only micro-step is the
+    whole step.
     """
     config = request.config
-    accumulation = request.workload.gradient_accumulation_steps(config)
+    accumulation = request.workload.micro_steps(config)
     step_time = max(_step_time(rank, accumulation) for rank in ranks)
     tokens = request.workload.tokens_per_step(config) / step_time / config.gpus
     peak = gpu.peak_flops_per_second.get(config.precision)

@@ -109,7 +109,7 @@ def _measure(
     enter_phase: Callable[[Phase], None],
 ) -> tuple[Samples, Samples]:
     """Warm up, then measure: the samples of both."""
-    accumulation = request.workload.gradient_accumulation_steps(request.config)
+    accumulation = request.workload.micro_steps(request.config)
 
     def batch(step: int, micro_step: int) -> torch.Tensor:
         tokens = micro_batch(

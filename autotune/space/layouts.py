@@ -1,0 +1,146 @@
+"""The rules of parallel layouts: what tensor, sequence and pipeline parallelism divide, and what they go with."""
+
+import math
+
+from autotune.space.rule import DEGREES, Rule, reads
+from autotune.spec.cluster import ClusterSpec
+from autotune.spec.config import STAGES_PER_RANK, TrialConfig
+from autotune.spec.model import ModelSpec
+from autotune.spec.workload import Workload
+
+SPLIT_MODEL_TYPES = ("qwen2", "qwen3", "llama")
+"""Families whose layers our plan divides, each held against a single process by `tests/engines/test_layouts.py`."""
+
+
+@reads("engine", "loss", *DEGREES)
+def _engine(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.engine == "pytorch" or not config.has_own_layout:
+        return None
+    return f"{config.own_layout} is run by engine pytorch alone"
+
+
+@reads("loss", *DEGREES)
+def _family(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if not config.has_own_layout:
+        return None
+    if model.model_type not in SPLIT_MODEL_TYPES:
+        known = ", ".join(SPLIT_MODEL_TYPES)
+        return f"{config.own_layout} is for models of type {known}, and {model.name} is {model.model_type}"
+    if model.config.get("use_sliding_window"):
+        return f"{config.own_layout} attends to whole sequences, and {model.name} has a sliding window"
+    return None
+
+
+@reads("tensor_parallel_size", "sequence_parallel_size", "sequence_length")
+def _tensor(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    size = config.tensor_parallel_size
+    if size == 1:
+        return None
+    divided = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "intermediate_size": model.intermediate_size,
+        "vocab_size": model.vocab_size,
+    }
+    for name, count in divided.items():
+        if count % size:
+            return f"tensor_parallel_size {size} does not divide {name} {count} of {model.name}"
+    if config.sequence_length % (size * config.sequence_parallel_size):
+        return (
+            f"tensor_parallel_size {size} x sequence_parallel_size {config.sequence_parallel_size}"
+            f" does not divide sequence_length {config.sequence_length}"
+        )
+    return None
+
+
+@reads("tensor_parallel_size", "sequence_parallel_size", "sequence_length", "attention")
+def _sequence(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    size, tensor = config.sequence_parallel_size, config.tensor_parallel_size
+    if size == 1:
+        return None
+    if config.sequence_length % size:
+        return f"sequence_parallel_size {size} does not divide sequence_length {config.sequence_length}"
+    if config.attention == "eager":
+        return f"sequence_parallel_size {size} needs attention sdpa or flash_attention_2, not eager"
+    # Key heads are copied until the ranks divide them, and the query heads must still be a multiple of them.
+    heads, keys = model.num_attention_heads // tensor, model.num_key_value_heads // tensor
+    if heads % size or heads % max(1, keys * size // math.gcd(max(1, keys), size)):
+        return (
+            f"sequence_parallel_size {size} does not divide the {heads} query and {keys} key heads"
+            f" that each tensor-parallel rank has of {model.name}"
+        )
+    return None
+
+
+@reads("pipeline_parallel_size", "pipeline_schedule")
+def _pipeline_layers(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.pipeline_parallel_size == 1:
+        return None
+    if config.pipeline_stages > model.num_hidden_layers:
+        return (
+            f"pipeline_parallel_size {config.pipeline_parallel_size} with schedule {config.pipeline_schedule}"
+            f" has {config.pipeline_stages} stages for {model.num_hidden_layers} layers"
+        )
+    if model.tie_word_embeddings:
+        return (
+            f"pipeline_parallel_size {config.pipeline_parallel_size} parts the embedding from the head,"
+            f" and {model.name} ties them"
+        )
+    return None
+
+
+@reads("micro_batch_size", "gpus", "pipeline_schedule", *DEGREES)
+def _pipeline_batches(config: TrialConfig, workload: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    size = config.pipeline_parallel_size
+    if size == 1:
+        return None
+    try:
+        batches = workload.gradient_accumulation_steps(config)
+    except ValueError:  # another rule's
+        return None
+    if batches < size:
+        return f"pipeline_parallel_size {size} is more than the {batches} micro-batches of an optimizer step"
+    per_rank = STAGES_PER_RANK[config.pipeline_schedule or "1f1b"]
+    if per_rank > 1 and batches % (batches // size):
+        # torch/distributed/pipelining/schedules.py: rounds of equal numbers of micro-batches
+        return (
+            f"pipeline_schedule {config.pipeline_schedule} cannot deal {batches} micro-batches"
+            f" in {batches // size} equal rounds to {size} ranks"
+        )
+    return None
+
+
+@reads("engine", "zero_stage", "gpus", "pipeline_schedule", *DEGREES)
+def _zero(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.engine != "pytorch" or config.model_parallel_size == 1 or config.gpus % config.model_parallel_size:
+        return None
+    if config.zero_stage and config.replicas == 1:
+        return f"zero_stage {config.zero_stage} shards over data and sequence parallel ranks, and there is only one"
+    if not config.zero_stage and config.replicas > 1 and config.tensor_parallel_size > 1:
+        return (
+            f"zero_stage 0 replicates by DDP, which does not know the matrices that tensor_parallel_size"
+            f" {config.tensor_parallel_size} shares; use 2 or 3"
+        )
+    if config.pipeline_schedule == "zero_bubble" and config.replicas > 1 and config.zero_stage != 2:
+        # Seen in tests/engines/test_layouts.py: with 0 and 3 gradients come out wrong, and nothing fails.
+        return f"pipeline_schedule zero_bubble computes wrong gradients with zero_stage {config.zero_stage}; use 2"
+    return None
+
+
+@reads("precision", *DEGREES)
+def _loss_scale(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.precision == "fp16" and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+        return "precision fp16 has a loss scale that tensor and pipeline parallel ranks do not agree on; use bf16"
+    return None
+
+
+LAYOUT_RULES: tuple[Rule, ...] = (
+    _engine,
+    _family,
+    _tensor,
+    _sequence,
+    _pipeline_layers,
+    _pipeline_batches,
+    _zero,
+    _loss_scale,
+)

@@ -1,0 +1,258 @@
+"""Every layout trains like a plain loop, see `test_parity.py`; and a plan that forgets a module is found out."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import SequenceParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autotune.engines.engine import build_engine
+from autotune.engines.layout import LayoutEngine
+from autotune.modeling import tensor_parallel
+from autotune.spec.model import ModelSpec
+from autotune.spec.request import TrialRequest
+from tests.engines.parity import (
+    CPU,
+    VOCAB,
+    Ranks,
+    Trace,
+    assert_equal,
+    optimizer_steps,
+    plain_training,
+    request,
+    tiny,
+    train,
+)
+
+HIDDEN = tiny().hidden_size
+SHORT = {
+    "tp": "tensor_parallel_size",
+    "sp": "sequence_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "zero": "zero_stage",
+    "mb": "micro_batch_size",
+    "schedule": "pipeline_schedule",
+    "ckpt": "activation_checkpointing",
+}
+
+
+def layout(text: str) -> dict[str, Any]:
+    """The fields of a config from words such as `tp2 zero3 chunked`."""
+    fields: dict[str, Any] = {"zero_stage": 0}
+    for word in text.split():
+        if word == "chunked":
+            fields["loss"] = "chunked"
+        elif word in ("1f1b", "interleaved_1f1b", "zero_bubble"):
+            fields["pipeline_schedule"] = word
+        elif word in ("full", "selective"):
+            fields["activation_checkpointing"] = word
+            fields["selective_every"] = 2 if word == "selective" else None
+        else:
+            name = word.rstrip("0123456789")
+            fields[SHORT[name]] = int(word[len(name) :])
+    return fields
+
+
+def trial(text: str, gpus: int, model: ModelSpec | None = None, **fields: Any) -> TrialRequest:
+    return request("pytorch", model=model, gpus=gpus, **{**layout(text), **fields})
+
+
+@pytest.fixture(scope="module")
+def reference() -> Trace:
+    return plain_training(tiny())
+
+
+def slow(*texts: str) -> list[Any]:
+    return [pytest.param(text, marks=pytest.mark.slow) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "zero3 chunked",
+        "tp2 chunked full",
+        "sp2 zero3",
+        "pp2 1f1b full",
+        "pp2 zero_bubble mb1",
+        *slow(
+            "zero0 chunked",
+            "zero2 chunked selective",
+            "tp2",
+            "tp2 selective",
+            "sp2 zero0",
+            "sp2 zero2 full chunked",
+            "pp2 1f1b",
+            "pp2 1f1b mb1 chunked",
+            "pp2 interleaved_1f1b selective",
+            "pp2 interleaved_1f1b mb1",
+            "pp2 zero_bubble full",
+        ),
+    ],
+)
+def test_two_ranks(ranks: Ranks, reference: Trace, text: str) -> None:
+    for trace in ranks.run(train, trial(text, 2), build_engine):
+        assert_equal(trace, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tp2 sp2 zero3",
+        "pp2 1f1b tp2 full",
+        "tp2 zero2 chunked",
+        "tp2 zero3 full",
+        "tp2 zero3 selective mb1",
+        "sp2 zero0 full",
+        "sp2 zero3 chunked",
+        "sp4 zero0",
+        "sp4 zero3 full",
+        "tp2 sp2 zero2 full chunked",
+        "pp2 1f1b tp2 chunked",
+        "pp2 zero_bubble tp2",
+        "pp2 interleaved_1f1b tp2 full",
+        "pp2 1f1b zero0",
+        "pp2 1f1b zero2 full",
+        "pp2 1f1b zero3 mb1",
+        "pp2 interleaved_1f1b zero0 mb1",
+        "pp2 interleaved_1f1b zero3 mb1 full",
+        "pp2 zero_bubble zero2 mb1",
+        "pp2 1f1b sp2 zero0",
+        "pp2 1f1b sp2 zero3 full",
+        "pp2 zero_bubble sp2 zero2 full",
+        "pp4 1f1b mb1",
+        "pp4 1f1b mb2 full chunked",
+    ],
+)
+def test_four_ranks(four_ranks: Ranks, reference: Trace, text: str) -> None:
+    for trace in four_ranks.run(train, trial(text, 4), build_engine):
+        assert_equal(trace, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tp2 sp2 zero3",
+        "tp2 sp2 zero2 full chunked",
+        "pp2 1f1b tp2 sp2 zero3",
+        "pp2 1f1b tp2 sp2 zero2 full chunked",
+        "pp2 interleaved_1f1b tp2 sp2 zero3",
+        "pp2 zero_bubble tp2 sp2 zero2",
+        "pp2 1f1b tp2 zero3 mb1 full",
+        "pp2 1f1b sp2 zero3 mb1",
+        "pp4 1f1b tp2 mb1",
+    ],
+)
+def test_eight_ranks(eight_ranks: Ranks, reference: Trace, text: str) -> None:
+    for trace in eight_ranks.run(train, trial(text, 8), build_engine):
+        assert_equal(trace, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["tp2", "sp2 zero3 full", "tp2 chunked", "zero3 chunked"])
+def test_tied_embeddings(ranks: Ranks, text: str) -> None:
+    for trace in ranks.run(train, trial(text, 2, tiny(tied=True)), build_engine):
+        assert_equal(trace, plain_training(tiny(tied=True)))
+
+
+def family(model_type: str) -> ModelSpec:
+    spec = tiny()
+    return ModelSpec(name=f"tiny-{model_type}", config={**spec.config, "model_type": model_type})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "text"), [*itertools.product(["qwen2", "llama"], ["tp2", "sp2 zero3", "pp2 1f1b"])]
+)
+def test_families(ranks: Ranks, model_type: str, text: str) -> None:
+    for trace in ranks.run(train, trial(text, 2, family(model_type)), build_engine):
+        assert_equal(trace, plain_training(family(model_type)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tp2", *slow("tp2 chunked full", "sp2 zero0", "sp2 zero3", "pp2 1f1b", "pp2 zero_bubble full", "zero3 chunked")],
+)
+def test_bf16(ranks: Ranks, reference: Trace, text: str) -> None:
+    """Within what eight bits of mantissa allow: 1e-3 of the loss, 2 % of the norm."""
+    for trace in ranks.run(train, trial(text, 2, precision="bf16"), build_engine):
+        assert_equal(trace, reference, loss_rtol=1e-3, norm_rtol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["tp2 zero3", "pp2 1f1b zero3", "tp2 sp2 zero3 chunked"])
+def test_bf16_on_four_ranks(four_ranks: Ranks, reference: Trace, text: str) -> None:
+    for trace in four_ranks.run(train, trial(text, 4, precision="bf16"), build_engine):
+        assert_equal(trace, reference, loss_rtol=1e-3, norm_rtol=2e-2)
+
+
+# ---- the test of the test
+
+
+class ForgetfulPlan(LayoutEngine):
+    """Tensor parallelism that takes the heads under the norms of queries and keys for all heads.
+
+    Nothing fails and the first loss is right, but no rank learns what the others' heads say of these weights.
+    """
+
+    def _lay_out(self, request: TrialRequest, device: torch.device) -> torch.nn.Module:
+        whole, alone = tensor_parallel.layer_plan, SequenceParallel(use_local_output=True)
+        alone.sequence_sharding = (Replicate(),)  # type: ignore[assignment]
+        wrong = {"self_attn.q_norm": alone, "self_attn.k_norm": alone}
+        tensor_parallel.layer_plan = lambda layer: whole(layer) | wrong
+        try:
+            return super()._lay_out(request, device)
+        finally:
+            tensor_parallel.layer_plan = whole
+
+
+class UnsummedPieces(LayoutEngine):
+    """Sequence parallelism that takes every piece for the first: positions are wrong."""
+
+    def _piece(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.chunk(self._mesh.sequence.size(), dim=1)[0].contiguous()
+
+
+@pytest.mark.parametrize(("wrong", "text"), [(ForgetfulPlan, "tp2"), (UnsummedPieces, "sp2")])
+def test_a_wrong_layout_is_found(ranks: Ranks, reference: Trace, wrong: type[LayoutEngine], text: str) -> None:
+    trace = ranks.run(train, trial(text, 2), wrong)[0]
+    with pytest.raises(AssertionError):
+        assert_equal(trace, reference)
+
+
+# ---- memory
+
+
+class LargestLogits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Elements of the largest tensor as wide as the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        transposed_weight = isinstance(result, torch.Tensor) and result.shape == (HIDDEN, VOCAB)
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCAB,) and not transposed_weight:
+            self.found = max(self.found, result.numel())
+        return result
+
+
+def largest_logits(rank: int, trial: TrialRequest) -> int:
+    engine = build_engine(trial, CPU)
+    logits = LargestLogits()
+    with logits:
+        optimizer_steps(rank, trial, engine)
+    return logits.found
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("sp2 zero0", 4 * 8), ("sp2 zero0 chunked", 4 * 1), ("tp2", 0), ("zero2 chunked", 4 * 2)]
+)
+def test_how_many_whole_logits_live(ranks: Ranks, text: str, tokens: int) -> None:
+    """Of micro-batches of 4 x 16 tokens: all, an eighth, or none where each rank has a share of the vocabulary."""
+    assert ranks.run(largest_logits, trial(text, 2, micro_batch_size=4)) == [tokens * VOCAB] * 2
