@@ -5,6 +5,11 @@
     ray_autotune_best_tokens_per_second_per_gpu{study, model}
                                                       of the fastest eligible trial; absent while there is none
     ray_autotune_gpu_seconds_total{study, model, use} GPUs x seconds since this driver started, by what they did
+    ray_autotune_gpus{study, model, state}            GPUs of the cluster: `reserved` for running trials, or `free`
+    ray_autotune_prediction_error_ratio{study, model, quantity, statistic}
+                                                      |predicted / measured - 1| over the trials that have both:
+                                                      `median` and `largest`, of `memory` and of `speed`; absent
+                                                      while there is none
 
 The uses add up to the cluster's GPUs x the seconds from the start to the last event (a trial started or finished), less
 what running trials hold. An attempt counts when it is finished, for `elapsed_seconds` x its GPUs:
@@ -19,6 +24,7 @@ On a CPU cluster a worker counts as a GPU. The series live as long as the driver
 the last event of a study may be missing: the store has it.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -41,6 +47,24 @@ class Snapshot:
     trials: dict[str, int]
     best_tokens_per_second_per_gpu: float | None
     gpu_seconds: dict[str, float]
+    gpus: dict[str, int]
+    prediction_errors: dict[tuple[str, str], float]
+    """By quantity and statistic; see the module."""
+
+
+def prediction_errors(study: Study) -> dict[tuple[str, str], float]:
+    """How far predictions were from what trials measured, by quantity and statistic."""
+    ledger = study.ledger
+    speed = []
+    for _, config, outcome in study.results:
+        prediction = study.prediction(config)
+        if isinstance(outcome, Measurement) and prediction and prediction.tokens_per_second_per_gpu is not None:
+            speed.append(abs(prediction.tokens_per_second_per_gpu / outcome.tokens_per_second_per_gpu - 1))
+    found: dict[tuple[str, str], float] = {}
+    for quantity, errors in (("memory", [abs(error) for error in ledger.errors]), ("speed", speed)):
+        if errors:
+            found |= {(quantity, "median"): statistics.median(errors), (quantity, "largest"): max(errors)}
+    return found
 
 
 @dataclass(slots=True)
@@ -78,11 +102,15 @@ class GpuTime:
         else:
             self.totals["out_of_memory" if outcome.kind.is_memory else "failed"] += used
 
+    @property
+    def reserved(self) -> int:
+        """GPUs of the attempts that run."""
+        return sum(gpus for gpus, _ in self._running.values())
+
     def _pass(self) -> float:
         """Count the GPUs that had no attempt since the last event; returns the time."""
         now = self.clock()
-        free = max(0, self.gpus - sum(gpus for gpus, _ in self._running.values()))
-        self.totals["idle"] += free * (now - self._since)
+        self.totals["idle"] += max(0, self.gpus - self.reserved) * (now - self._since)
         self._since = now
         return now
 
@@ -95,7 +123,13 @@ class Series:
         self._trials = Gauge("autotune_trials", "Trials of a study by state", (*tags, "state"))
         self._best = Gauge("autotune_best_tokens_per_second_per_gpu", "Speed of the best trial", tuple(tags))
         self._gpu_seconds = Counter("autotune_gpu_seconds_total", "GPUs x seconds by use", (*tags, "use"))
-        for metric in (self._trials, self._best, self._gpu_seconds):
+        self._gpus = Gauge("autotune_gpus", "GPUs of the cluster by state", (*tags, "state"))
+        self._errors = Gauge(
+            "autotune_prediction_error_ratio",
+            "Predictions against measurements: |predicted / measured - 1|",
+            (*tags, "quantity", "statistic"),
+        )
+        for metric in (self._trials, self._best, self._gpu_seconds, self._gpus, self._errors):
             metric.set_default_tags(tags)
         self._counted = dict.fromkeys(USES, 0.0)
 
@@ -105,6 +139,10 @@ class Series:
             self._trials.set(number, {"state": state})
         if snapshot.best_tokens_per_second_per_gpu is not None:
             self._best.set(snapshot.best_tokens_per_second_per_gpu)
+        for state, number in snapshot.gpus.items():
+            self._gpus.set(number, {"state": state})
+        for (quantity, statistic), error in snapshot.prediction_errors.items():
+            self._errors.set(error, {"quantity": quantity, "statistic": statistic})
         for use, total in snapshot.gpu_seconds.items():
             if total > self._counted[use]:
                 self._gpu_seconds.inc(total - self._counted[use], {"use": use})
@@ -151,6 +189,8 @@ class StudyMetrics:
             trials=asdict(self._study.counts),
             best_tokens_per_second_per_gpu=None if best is None else best.measurement.tokens_per_second_per_gpu,
             gpu_seconds=dict(self._time.totals),
+            gpus={"reserved": self._time.reserved, "free": max(0, self._time.gpus - self._time.reserved)},
+            prediction_errors=prediction_errors(self._study),
         )
         try:
             self._series.publish.remote(snapshot)

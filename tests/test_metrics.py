@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from autotune.metrics import USES, GpuTime, Snapshot, StudyMetrics
+from autotune.metrics import USES, GpuTime, Snapshot, StudyMetrics, prediction_errors
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import FailureKind, Outcome
+from autotune.spec.prediction import Prediction
 from autotune.store.store import SqlStore, open_store
 from autotune.study import Attempt, Study
 from tests.samples import failure, measurement, sample_space
@@ -111,9 +112,44 @@ def test_a_study_publishes_at_every_event(study: Study) -> None:
         (2, 1, 0),
     ]
     assert [s.best_tokens_per_second_per_gpu for s in series.published] == [500.0, 500.0, 500.0, 500.0, 900.0]
+    assert [s.gpus["reserved"] for s in series.published] == [0, 2, 0, 2, 0]
+    assert {sum(s.gpus.values()) for s in series.published} == {2}
+    assert all(s.prediction_errors == {} for s in series.published)  # nothing was predicted of these
     assert set(series.published[-1].gpu_seconds) == set(USES)
     assert series.published[-1].gpu_seconds["out_of_memory"] == 2 * 1.0
     assert series.published[0].gpu_seconds["measuring"] == 0.0  # of this driver
+
+
+@dataclass
+class Oracle:
+    """Predicts the same of every config."""
+
+    prediction: Prediction
+
+    @property
+    def surely_too_big(self) -> Any:
+        raise AssertionError("the study here asks for nothing but predictions")
+
+    def of(self, config: TrialConfig) -> Prediction:
+        return self.prediction
+
+
+def test_predictions_against_measurements(study: Study) -> None:
+    measured = measurement(500.0)
+    study.forecast = Oracle(
+        Prediction(
+            device_used_bytes=round(measured.peak_device_used_bytes * 1.1),
+            deviation=0.0,
+            tokens_per_second_per_gpu=400.0,
+        )
+    )
+    run(study, [measured, failure(), measurement(1000.0)])
+    errors = prediction_errors(study)
+    assert errors[("speed", "median")] == pytest.approx((0.2 + 0.6) / 2)  # 400 against 500, and against 1000
+    assert errors[("speed", "largest")] == pytest.approx(0.6)
+    assert errors[("memory", "median")] == errors[("memory", "largest")] == pytest.approx(0.1, rel=1e-6)
+    study.forecast.prediction = Prediction(device_used_bytes=1, deviation=0.0)
+    assert set(prediction_errors(study)) == set(errors)  # a trial keeps what was predicted before it ran
 
 
 def no_actor(*names: str) -> Any:

@@ -35,16 +35,24 @@ def submit(
         typer.Option(help="Absolute folder on the cluster (by default autotune-out/STUDY beside a SQLite store)."),
     ] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="Who proposes the next config.")] = None,
+    installed: Annotated[
+        bool, typer.Option("--installed", help="Run the Autotune that the cluster has, instead of sending this one.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run or resume a study as a job of a Ray cluster; it goes on when this machine is gone."""
     from autotune.cluster_jobs.request import job_request
 
-    request = job_request(space_path, store=store, out=out, sampler=sampler)
-    job = _connect(address).submit(request)
-    Console(stderr=True, soft_wrap=True).print(f"submitted; `autotune logs -f {job.study}` follows it", style="dim")
+    request = job_request(space_path, store=store, out=out, sampler=sampler, installed=installed)
+    cluster = _connect(address)
+    talk = Console(stderr=True, soft_wrap=True, highlight=False)
+    with talk.status("examining the head node, the store and the output folder"):
+        job, warnings = cluster.submit(request)
+    for warning in warnings:
+        talk.print(f"warning: {warning}", style="yellow")
+    talk.print(f"submitted; `autotune logs -f {job.study}` follows it", style="dim")
     if as_json:
-        print_json({"job": job.to_dict()})
+        print_json({"job": job.to_dict(), "warnings": warnings})
     else:
         typer.echo(job.id)
 
@@ -101,7 +109,7 @@ def fetch(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring the best files of a study from the cluster to OUT/best."""
+    """Bring the best files of a study from the cluster to OUT/best, and its report to OUT."""
     cluster = _connect(address)
     job = cluster.get(name)
     files = cluster.fetch(job, out or Path("autotune-out") / job.study)

@@ -5,6 +5,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
@@ -32,6 +33,9 @@ CONNECT_SECONDS = 10.0
 STOP_SECONDS = 60
 """How long a stopped job may take to store its running trials. Ray's own 3 s would cut that off."""
 FETCH_SECONDS = 180.0
+CHECK_SECONDS = 180.0
+CHECKS = ("python", "packages", "store", "output")
+"""Those of `autotune doctor` that a head node without GPUs must pass as well."""
 
 _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -110,11 +114,14 @@ class ClusterJobs:
             requests.get(f"{self.address}/api/version", timeout=CONNECT_SECONDS)  # Ray's client would wait for ever
             self._client = JobSubmissionClient(self.address)
 
-    def submit(self, request: JobRequest) -> Job:
-        """Submit a study as its next job.
+    def submit(self, request: JobRequest) -> tuple[Job, list[str]]:
+        """Submit a study as its next job, once the head node has been found fit for it.
+
+        Returns:
+            The job, and what to know of its store and folder, such as that one lies on a network file system.
 
         Raises:
-            UsageError: its last job has not ended yet.
+            UsageError: its last job has not ended yet, or the cluster cannot use the store or the folder.
         """
         last = self.find(request.study)
         if last is not None and last.active:
@@ -122,18 +129,21 @@ class ClusterJobs:
         job_id = f"autotune-{request.study}-{1 if last is None else last.number + 1}"
         with tempfile.TemporaryDirectory(prefix="autotune-submit-") as working_dir:
             request.gather(Path(working_dir))
+            environment: dict[str, Any] = {
+                "working_dir": working_dir,
+                "excludes": ["__pycache__"],
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+            }
+            if not request.installed:
+                environment["py_modules"] = [str(Path(autotune.__file__).parent)]
+            warnings = self._check(request, environment)
             try:
                 with self._reported():
                     self._client.submit_job(
                         entrypoint=request.entrypoint,
                         submission_id=job_id,
                         entrypoint_num_cpus=0,  # the trials need them all
-                        runtime_env={
-                            "working_dir": working_dir,
-                            "py_modules": [str(Path(autotune.__file__).parent)],
-                            "excludes": ["__pycache__"],
-                            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
-                        },
+                        runtime_env=environment,
                         metadata=request.metadata,
                     )
             except ClusterError:
@@ -141,7 +151,27 @@ class ClusterJobs:
                 if taken is None:
                     raise
                 raise _busy(taken) from None  # someone else was quicker
-        return self.get(job_id)
+        return self.get(job_id), warnings
+
+    def _check(self, request: JobRequest, environment: dict[str, Any]) -> list[str]:
+        """Have the head node examined by a short job, in the environment of the job to come; returns warnings.
+
+        Raises:
+            UsageError: the job could not run, use its store or write its folder there.
+        """
+        log = self._run_and_print(request.check, CHECK_SECONDS, {"autotune_check": request.study}, environment)
+        documents = [line for line in log.splitlines() if line.startswith('{"checks"')]
+        if not documents:
+            words = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
+            raise UsageError(
+                f"the cluster cannot run Autotune ({mask_url(words[-1])[:300]}); install what it needs where the head"
+                " node's `python` finds it, and see `autotune doctor` there"
+            )
+        checks = [check for check in json.loads(documents[-1])["checks"] if check["name"] in CHECKS]
+        for check in checks:
+            if check["status"] == "fail":
+                raise UsageError(f"{check['found']}, as the cluster's head node sees it; {check['remedy']}")
+        return [f"{check['found']}; {check['remedy']}" for check in checks if check["status"] == "warn"]
 
     def find(self, name: str) -> Job | None:
         """The job of that id, or the latest one of the study of that name."""
@@ -201,7 +231,7 @@ class ClusterJobs:
         return self.get(job.id)
 
     def fetch(self, job: Job, out: Path) -> list[Path]:
-        """Bring the job's best folder to `out/best`, which is replaced as a whole.
+        """Bring the job's best folder to `out/best`, which is replaced as a whole, and its report, if there is one.
 
         A short job of its own packs the folder and prints it.
 
@@ -211,22 +241,29 @@ class ClusterJobs:
         Raises:
             UsageError: there is no such folder on the cluster yet, or `out` cannot be written.
         """
-        with self._reported():
-            fetching = self._client.submit_job(
-                entrypoint=print_command(job.out), metadata={"autotune_fetch": job.study}, entrypoint_num_cpus=0
-            )
-            try:
-                self._wait(fetching, FETCH_SECONDS)
-                packed = printed(self._client.get_job_logs(fetching))
-            finally:
-                with contextlib.suppress(RuntimeError):  # not ended: it stays in Ray's list
-                    self._client.delete_job(fetching)
+        log = self._run_and_print(print_command(job.out), FETCH_SECONDS, {"autotune_fetch": job.study})
+        packed = printed(log)
         if packed is None:
             raise UsageError(
                 f"{job.out}/best: is not on the cluster's head node; `autotune tune` writes it when the study ends with"
                 f" an eligible trial, so see `autotune status {job.study}`"
             )
         return unpack_best(packed, f"{job.out}/best", out)
+
+    def _run_and_print(
+        self, command: str, seconds: float, metadata: dict[str, str], environment: dict[str, Any] | None = None
+    ) -> str:
+        """Run a command on the head node as a job of its own, which leaves no trace; returns what it printed."""
+        with self._reported():
+            job_id = self._client.submit_job(
+                entrypoint=command, metadata=metadata, runtime_env=environment, entrypoint_num_cpus=0
+            )
+            try:
+                self._wait(job_id, seconds)
+                return str(self._client.get_job_logs(job_id))
+            finally:
+                with contextlib.suppress(RuntimeError):  # not ended: it stays in Ray's list
+                    self._client.delete_job(job_id)
 
     def _wait(self, job_id: str, seconds: float) -> None:
         """Wait until a job has ended."""

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,10 @@ class JobRequest:
     """Absolute folder on the cluster."""
     sampler: str | None
     """What `autotune tune --sampler` takes."""
+    installed: bool = False
+    """The job runs the Autotune that the cluster has installed, instead of this one, which is sent along."""
+    revision: str | None = None
+    """Commit of the search-space file, see `git_revision`."""
 
     @property
     def entrypoint(self) -> str:
@@ -36,15 +41,22 @@ class JobRequest:
         return shlex.join(command)
 
     @property
+    def check(self) -> str:
+        """The shell command that examines the head node, the store and the output folder before the job is sent."""
+        command = ["python", "-m", "autotune", "doctor", "--quick", "--store", self.store, "--out", self.out, "--json"]
+        return shlex.join(command)
+
+    @property
     def metadata(self) -> dict[str, str]:
         """What the dashboard shows of the job."""
-        return {
+        shown = {
             "study": self.study,
             "model": self.model,
-            "autotune": __version__,
+            "autotune": "installed" if self.installed else __version__,
             "store": self.store,
             "out": self.out,
         }
+        return shown | ({"git": self.revision} if self.revision else {})
 
     def gather(self, folder: Path) -> None:
         """Copy what the job reads: the search-space file, and the model's config where it lies beside it."""
@@ -56,7 +68,9 @@ class JobRequest:
             shutil.copy(self.space_path.parent / config, folder / config)
 
 
-def job_request(space_path: Path, *, store: str, out: Path | None = None, sampler: str | None = None) -> JobRequest:
+def job_request(
+    space_path: Path, *, store: str, out: Path | None = None, sampler: str | None = None, installed: bool = False
+) -> JobRequest:
     """Check a study that is to be submitted.
 
     Args:
@@ -64,6 +78,7 @@ def job_request(space_path: Path, *, store: str, out: Path | None = None, sample
         store: database URL as the cluster sees it.
         out: absolute folder on the cluster, see `output_folder`.
         sampler: what `autotune tune --sampler` takes.
+        installed: run the Autotune of the cluster's own image.
 
     Raises:
         AutotuneError: the file, the model, the store or the folder is wrong.
@@ -76,8 +91,34 @@ def job_request(space_path: Path, *, store: str, out: Path | None = None, sample
     check_store(store)
     folder = output_folder(out, store, file.study)
     return JobRequest(
-        study=file.study, model=file.model, space_path=space_path, store=store, out=folder, sampler=sampler
+        study=file.study,
+        model=file.model,
+        space_path=space_path,
+        store=store,
+        out=folder,
+        sampler=sampler,
+        installed=installed,
+        revision=git_revision(space_path),
     )
+
+
+def git_revision(path: Path) -> str | None:
+    """Commit of the working tree that a file lies in, with `-dirty` where the tree has changes; None without one."""
+    command = [
+        "git",
+        "-C",
+        str(path.absolute().parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty",
+        "--exclude=*",
+    ]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None
 
 
 def check_store(url: str) -> None:

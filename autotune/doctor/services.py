@@ -8,6 +8,9 @@ from typing import Any
 from autotune.doctor.check import Finding, fail, ok, warn
 from autotune.errors import ClusterError, StoreError
 
+_WAL_VERSIONS = b"\x02\x02"
+"""Bytes 18 and 19 of a SQLite file (sqlite.org/fileformat.html, 1.3.3)."""
+
 Ask = Callable[..., dict[str, Any]]
 
 
@@ -58,7 +61,7 @@ def check_store(url: str) -> Finding:
     try:
         parsed = parse_url(url)
         path = sqlite_path(parsed)
-        if path is not None and (problem := _file_problem(shown, path)):
+        if path is not None and (problem := _file_problem(shown, path) or _log_problem(shown, path)):
             return problem
         if path is not None and (not path.exists() or not path.stat().st_size):
             return _on_its_disk(path, journal_mode(path), f"{shown}: empty; `autotune tune` begins it")
@@ -92,6 +95,23 @@ def _file_problem(shown: str, path: Path) -> Finding | None:
         if not os.access(needed, os.W_OK):
             return fail(f"{shown}: {needed} is not writable", "name a writable place with --store")
     return None
+
+
+def _log_problem(shown: str, path: Path) -> Finding | None:
+    """A database with a write-ahead log on a file system that spans machines: it loses writes without a word."""
+    from autotune.store.connect import journal_mode
+
+    if journal_mode(path) == "wal" or not path.exists():
+        return None
+    with path.open("rb") as file:
+        header = file.read(20)
+    if header[18:20] != _WAL_VERSIONS:
+        return None
+    return fail(
+        f"{shown}: is on a network file system and uses a write-ahead log (WAL), which is unsafe there",
+        f"on the one machine that has it open, run sqlite3 {path} 'PRAGMA journal_mode=DELETE', or move it to a local"
+        " disk, or use postgresql://",
+    )
 
 
 def _on_its_disk(path: Path | None, mode: str, found: str) -> Finding:

@@ -1,6 +1,7 @@
 """Python, packages, PyTorch against the driver, DeepSpeed's ops, compilers, and whether ranks can be forked."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -14,6 +15,10 @@ from autotune.doctor.check import Finding, fail, ok, warn
 from autotune.doctor.gpus import Driver, Gpu
 
 DISTRIBUTION = "autotune-llm"
+_IMPORTED = (
+    "accelerate", "alembic", "deepspeed", "jinja2", "numpy", "optuna", "pydantic", "ray", "scipy", "sqlalchemy",
+    "torch", "transformers", "typer",
+)  # fmt: skip
 TRIAL_OPS = ("cpu_adam", "fused_adam")
 """What a trial on a GPU builds: Adam with offload, and without. On a CPU nothing is built."""
 
@@ -37,7 +42,10 @@ def check_packages(requirements: Sequence[str] | None = None) -> Finding:
     from packaging.requirements import Requirement
 
     if requirements is None:
-        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+        try:
+            requirements = importlib.metadata.requires(DISTRIBUTION) or []
+        except importlib.metadata.PackageNotFoundError:  # a job that brought its code along
+            return _importable()
     wrong, right = [], []
     for line in requirements:
         needed = Requirement(line)
@@ -56,6 +64,13 @@ def check_packages(requirements: Sequence[str] | None = None) -> Finding:
         return fail("; ".join(wrong), f"pip install --upgrade {DISTRIBUTION}")
     shown = {"torch", "transformers", "accelerate", "deepspeed", "ray", "optuna", "sqlalchemy"}
     return ok(", ".join(name for name in right if name.split()[0] in shown))
+
+
+def _importable() -> Finding:
+    missing = [name for name in _IMPORTED if importlib.util.find_spec(name) is None]
+    if missing:
+        return fail(f"{', '.join(missing)} cannot be imported by {sys.executable}", f"pip install {DISTRIBUTION} there")
+    return ok(f"{DISTRIBUTION} runs from a folder, so versions were not compared; all it imports is here")
 
 
 def check_torch(libraries: dict[str, Any], driver: Driver | None) -> Finding:

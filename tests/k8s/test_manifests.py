@@ -204,7 +204,8 @@ def test_versions_agree() -> None:
 @pytest.mark.parametrize(("name", "space"), SPACES.items())
 def test_a_job_runs_the_study_that_it_names(name: str, space: str) -> None:
     manifests = overlay(name)
-    text = one(manifests, "ConfigMap")["data"]["space.yaml"]
+    maps = {manifest["metadata"]["name"]: manifest for manifest in manifests if manifest["kind"] == "ConfigMap"}
+    text = maps["study"]["data"]["space.yaml"]
     assert text == (ROOT / "search_spaces" / f"{space}.yaml").read_text()
     job, cluster = in_job(manifests), yaml.safe_load(text)["cluster"]
     assert yaml.safe_load(text)["study"] == job["metadata"]["study"] == space

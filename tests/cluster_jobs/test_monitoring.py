@@ -1,0 +1,133 @@
+"""`cluster/monitoring`: the files as Prometheus' own tool reads them, and the dashboard's queries on a live study."""
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+from autotune import metrics
+from tests.cluster_jobs.head import ROOT, Head, free_ports, until, write_space
+
+MONITORING = ROOT / "cluster" / "monitoring"
+DASHBOARD: dict[str, Any] = json.loads((MONITORING / "grafana-dashboard.json").read_text())
+PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+QUERIES = {panel["title"]: target["expr"] for panel in PANELS for target in panel["targets"]}
+GPU_PANELS = {"GPU utilization", "GPU memory used"}
+"""Ray asks the NVIDIA driver for these, which a machine without GPUs has not."""
+ABSENT_ON_CPU = GPU_PANELS | {"Predicted against measured: speed"}
+
+
+def need(tool: str) -> str:
+    path = shutil.which(tool)
+    if path is None:
+        pytest.skip(f"{tool} is not installed (Debian's package `prometheus` has it)")
+    return path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["check", "rules", "rules.yml"], ["check", "config", "prometheus.yml"], ["test", "rules", "rules_test.yml"]],
+)
+def test_prometheus_own_tool(command: list[str]) -> None:
+    run = subprocess.run([need("promtool"), *command], cwd=MONITORING, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_operator_gets_the_same_rules() -> None:
+    custom = yaml.safe_load((ROOT / "k8s" / "components" / "monitoring" / "rules.yaml").read_text())
+    assert custom["spec"] == yaml.safe_load((MONITORING / "rules.yml").read_text())
+
+
+def test_the_dashboard_reads_what_is_published() -> None:
+    rules = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"][0]["rules"]
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    known = (
+        {f"ray_{name}" for name in METRICS_GAUGES}
+        | recorded
+        | set(re.findall(r"ray_autotune_\w+", metrics.__doc__ or ""))
+    )
+    for title, query in [*QUERIES.items(), *((str(rule), rule["expr"]) for rule in rules)]:
+        named = set(re.findall(r"\b(?:ray_|autotune:)[\w:]+", query))
+        assert named, title
+        assert named <= known, title
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    assert {panel["datasource"]["uid"] for panel in PANELS} == {"${datasource}"}
+
+
+class Prometheus:
+    """A running server."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def ask(self, query: str) -> list[dict[str, Any]]:
+        """Samples of an instant query, as a panel's newest point."""
+        query = query.replace("$study", ".*")
+        with urllib.request.urlopen(f"{self.address}/api/v1/query?{urllib.parse.urlencode({'query': query})}") as page:
+            result: list[dict[str, Any]] = json.load(page)["data"]["result"]
+        return result
+
+    def answers(self, query: str) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self.ask(query))
+        return False
+
+
+@pytest.fixture(scope="module")
+def prometheus(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """With our files, but for the folder of Ray's sessions and an interval for the hurried."""
+    binary, folder, [port] = need("prometheus"), tmp_path_factory.mktemp("prometheus"), free_ports(1)
+    text = (MONITORING / "prometheus.yml").read_text()
+    assert text.count("/tmp/ray/") == 1
+    (folder / "prometheus.yml").write_text(text.replace("/tmp/ray/", f"{head.folder}/").replace("10s", "1s"))
+    shutil.copy(MONITORING / "rules.yml", folder)
+    options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [binary, *options, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log, cwd=folder
+        )
+    try:
+        yield Prometheus(f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_panel_shows_a_live_study(head: Head, prometheus: Prometheus, tmp_path: Path) -> None:
+    submit = ["submit", str(write_space(tmp_path, 100, "watched")), "--store", f"sqlite:///{tmp_path}/a.db"]
+    head.document(*submit)
+    try:
+        missing = {title: query for title, query in QUERIES.items() if title not in ABSENT_ON_CPU}
+
+        def complete() -> bool:
+            for title in [title for title, query in missing.items() if prometheus.answers(query)]:
+                del missing[title]
+            return not missing
+
+        until(complete, f"no data for {sorted(missing)}")
+        [trials] = prometheus.ask('ray_autotune_trials{study="watched", state="complete"}')
+        assert trials["metric"]["model"] == "qwen3-tiny"
+        assert float(trials["value"][1]) >= 1
+        used = {s["metric"]["use"]: float(s["value"][1]) for s in prometheus.ask(QUERIES["Share of GPU time by use"])}
+        assert sum(used.values()) == pytest.approx(1)
+        gpus = {s["metric"]["state"]: float(s["value"][1]) for s in prometheus.ask(QUERIES["GPUs by state"])}
+        assert sum(gpus.values()) == 2
+        [error] = prometheus.ask('ray_autotune_prediction_error_ratio{quantity="memory", statistic="largest"}')
+        assert 0 <= float(error["value"][1]) < 0.1
+        with urllib.request.urlopen(f"{prometheus.address}/api/v1/rules") as page:
+            rules = [rule for group in json.load(page)["data"]["groups"] for rule in group["rules"]]
+        assert {rule["health"] for rule in rules} == {"ok"}
+    finally:
+        head.document("stop", "watched")
