@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import erfcx, log_ndtr, ndtr
+from scipy.special import erfcx, log_ndtr, ndtr, ndtri
 
 from autotune.predict.calibration import PRIOR_DEVIATIONS
 from autotune.predict.roofline import TimePart
@@ -133,6 +133,30 @@ class Proposal:
     """Among the candidates that were not yet launched; 1 is the fastest."""
 
 
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a measurement of each candidate is expected to show, after what was observed."""
+
+    throughput: Values
+    """(N,) medians."""
+    throughput_deviation: Values
+    """(N,) of the logarithm, a measurement's own noise included."""
+    peak_bytes: Values
+    """(N,) medians."""
+    peak_deviation: Values
+    """(N,) of the logarithm."""
+    fit_probability: Values
+    """(N,)"""
+
+    def throughput_between(self, coverage: float = 0.8) -> tuple[Values, Values]:
+        """Bounds (N,) of the interval that holds a measured throughput with this probability (0..1)."""
+        return _between(self.throughput, self.throughput_deviation, coverage)
+
+    def peak_between(self, coverage: float = 0.8) -> tuple[Values, Values]:
+        """The same of the peak."""
+        return _between(self.peak_bytes, self.peak_deviation, coverage)
+
+
 class ExpectedImprovement:
     """Proposes candidates. Holds no state but the candidates: what was observed is given each time."""
 
@@ -170,6 +194,14 @@ class ExpectedImprovement:
         """
         return _View(self, observed, sorted(set(pending))).best()
 
+    def expect(self, observed: Sequence[Observed]) -> Expectation:
+        """What is believed of all candidates; before anything was observed, the predictions and their widths.
+
+        For people, who ask how far off it may be; proposals take the most probable widths for granted, which moves on
+        sooner from what was wrong.
+        """
+        return _View(self, observed, [], averaged=True).expectation()
+
     def _correlation(self, rows: Indices | slice, at: Indices) -> NDArray[np.float32]:
         """exp(-|x - y|² / (2·LENGTH²)) of rows (B,) and observations (M,), as (B, M)."""
         left, right = self._features[rows] / LENGTH, self._features[at] / LENGTH
@@ -182,7 +214,9 @@ class ExpectedImprovement:
 class _View:
     """The candidates as they look after what was observed."""
 
-    def __init__(self, search: ExpectedImprovement, observed: Sequence[Observed], pending: list[int]) -> None:
+    def __init__(
+        self, search: ExpectedImprovement, observed: Sequence[Observed], pending: list[int], *, averaged: bool = False
+    ) -> None:
         self._search, given = search, search._given
         self._taken = np.zeros(len(given.throughput), bool)
         self._taken[[one.candidate for one in observed]] = True
@@ -200,7 +234,7 @@ class _View:
         self._set_rows(timed, sized, np.array([one.candidate for one in tried], np.int64))
         cross = search._correlation(self._at, self._at).astype(float)
         of_time, of_size = np.ix_(self._of_time, self._of_time), np.ix_(self._of_size, self._of_size)
-        self._time = search._time.condition(timed, cross[of_time], _ROUNDS)
+        self._time = search._time.condition(timed, cross[of_time], _ROUNDS, averaged=averaged)
         self._memory = search._memory.condition(sized, cross[of_size], 1)
         self._failed = np.array([float(one.failed) for one in tried])
         self._set_weights()
@@ -331,6 +365,23 @@ class _View:
             left = left[bounds[left] > top]
         return None if winner < 0 else self._explain(winner, sums, logs)
 
+    def expectation(self) -> Expectation:
+        """Of every candidate."""
+        search, given = self._search, self._search._given
+        found = np.empty((5, len(self._taken)))
+        for start in range(0, len(self._taken), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            correlation = search._correlation(rows, self._at)
+            sums = correlation @ self._weights
+            means, deviations = self._time.at(rows, correlation, self._of_time, sums[:, 0], bound=False)
+            sizes, spreads = self._memory.at(rows, correlation, self._of_size, sums[:, 1], bound=False)
+            found[0, rows] = np.exp(search._log_throughput[rows] + means)
+            found[1, rows] = np.hypot(deviations, self._time.belief.multiples[3] * NOISE_DEVIATION)
+            found[2, rows] = given.peak_bytes[rows] * np.exp(sizes)
+            found[3, rows] = spreads
+            found[4, rows] = ndtr((search._log_room[rows] - sizes) / spreads)
+        return Expectation(*found)
+
     def _explain(self, candidate: int, sums: NDArray[np.float32], logs: Values) -> Proposal:
         rows = np.array([candidate])
         seen = self._judge(rows, self._search._correlation(rows, self._at), sums[rows])
@@ -373,6 +424,11 @@ class _Judgement:
     def log_success(self) -> Values:
         """That it fits and runs."""
         return self.log_fits + self.log_runs
+
+
+def _between(median: Values, deviation: Values, coverage: float) -> tuple[Values, Values]:
+    reach = np.exp(float(ndtri(0.5 + coverage / 2)) * deviation)
+    return median / reach, median * reach
 
 
 def step_unknowns(parts: Sequence[TimePart]) -> Values:

@@ -66,13 +66,16 @@ class Model:
         offset = -np.log(total) - slopes @ scales.astype(np.float32)
         return offset, np.hstack([bias, slopes @ self.unknowns, axes])
 
-    def condition(self, evidence: "Evidence", correlation: Values, rounds: int) -> "Posterior":
+    def condition(
+        self, evidence: "Evidence", correlation: Values, rounds: int, *, averaged: bool = False
+    ) -> "Posterior":
         """What M observations say.
 
         Args:
             evidence: the observations.
             correlation: of their local parts (M, M).
             rounds: of choosing the widths, the tangent, and what to doubt.
+            averaged: how uncertain widths are counts in the deviations, which few observations would leave too small.
         """
         at, values = evidence.at, evidence.values
         belief = Belief(np.ones(4), np.zeros(self.shares.shape[1]), np.zeros(len(at)))
@@ -89,7 +92,14 @@ class Model:
             common, axes = np.split(columns, [1 + self.unknowns.shape[1]], axis=1)
             parts = [(common @ common.T)[inside], (axes @ axes.T)[inside], whole[inside]]
             deviations = evidence.deviations[sample]
-            multiples = _fit(parts, (values - offset)[sample], deviations, belief.doubt[sample], belief.multiples)
+            multiples = _fit(
+                parts,
+                (values - offset)[sample],
+                deviations,
+                belief.doubt[sample],
+                belief.multiples,
+                averaged=averaged,
+            )
             belief = replace(belief, multiples=multiples)
         return Posterior(self, evidence, correlation, belief)
 
@@ -231,7 +241,9 @@ def axis_columns(features: Values) -> Values:
     return np.hstack(found)
 
 
-def _fit(parts: Sequence[Values], values: Values, noise: Values, doubt: Values, start: Values) -> Values:
+def _fit(
+    parts: Sequence[Values], values: Values, noise: Values, doubt: Values, start: Values, *, averaged: bool
+) -> Values:
     """The most probable multiples of the widths of three parts and of the noise, one after the other.
 
     Args:
@@ -240,6 +252,7 @@ def _fit(parts: Sequence[Values], values: Values, noise: Values, doubt: Values, 
         noise: deviations (M,).
         doubt: variance of each observation beyond the noise (M,).
         start: multiples to begin at (4,).
+        averaged: instead, roots of the mean variances, each choice as probable as it is.
     """
     found = start.copy()
     for index in (0, 2, 1, 3):
@@ -253,7 +266,11 @@ def _fit(parts: Sequence[Values], values: Values, noise: Values, doubt: Values, 
         score = -0.5 * (np.log(grid) ** 2).sum(axis=1) / MULTIPLE_DEVIATION**2
         score -= np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(axis=1)
         score -= 0.5 * np.array([(_solve(factor, values) ** 2).sum() for factor in factors])
-        found = grid[int(np.argmax(score))]
+        if averaged:
+            weights = np.exp(score - score.max())
+            found[index] = np.sqrt(weights @ grid[:, index] ** 2 / weights.sum())
+        else:
+            found = grid[int(np.argmax(score))]
     return found
 
 

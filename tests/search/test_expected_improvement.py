@@ -365,3 +365,32 @@ def test_memory_that_is_predicted_to_the_byte_is_believed(at_once: int) -> None:
     following = ExpectedImprovement(world.candidates).propose(contradicted)
     assert following is not None
     assert np.isfinite(following.score)
+
+
+def test_expectations_hold_what_they_say_and_sharpen() -> None:
+    covered: dict[int, list[float]] = {0: [], 8: []}
+    widths: dict[int, list[float]] = {0: [], 8: []}
+    for seed in range(20):
+        chance = np.random.default_rng(seed)
+        world = a_world(seed, slower=float(np.exp(chance.normal(0, 0.3))))
+        for count in covered:
+            search = ExpectedImprovement(world.candidates)
+            known = chance.choice(len(world.throughput), count, replace=False)
+            expected = search.expect([world.run(int(at)) for at in known])
+            low, high = expected.throughput_between(0.8)
+            inside = (low <= world.throughput) & (world.throughput <= high)
+            covered[count].append(float(np.delete(inside, known).mean()))
+            widths[count].append(float(np.median(high / low)))
+    assert 0.8 <= np.mean(covered[8]) <= 1.0
+    assert np.median(widths[8]) < 0.6 * np.median(widths[0])
+
+
+def test_before_anything_was_observed_the_prediction_is_expected() -> None:
+    world = a_world()
+    expected = ExpectedImprovement(world.candidates).expect([])
+    assert expected.throughput == pytest.approx(world.candidates.throughput, rel=1e-5)
+    assert expected.peak_bytes == pytest.approx(world.candidates.peak_bytes, rel=1e-5)
+    room = np.log(CAPACITY / world.candidates.peak_bytes)
+    assert ((expected.fit_probability > 0.5) == (room > 0)).all()
+    low, high = expected.peak_between(0.8)
+    assert (np.log(high / low) >= 2 * 1.28 * 0.079).all()  # what axes share among themselves adds a little
