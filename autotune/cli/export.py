@@ -16,7 +16,8 @@ def export(
         str | None,
         typer.Option(
             "--format",
-            help="One file: best, training-args, deepspeed-hf, deepspeed or accelerate. Without it: the whole folder.",
+            help="One file: best, training-args, deepspeed-hf, deepspeed, accelerate or train-script."
+            " Without it: the whole folder.",
         ),
     ] = None,
     out: Annotated[

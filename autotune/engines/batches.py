@@ -23,10 +23,8 @@ def sequence(
     return generator.integers(0, vocab_size, size=length, dtype=np.int64)
 
 
-def micro_batch(
-    config: TrialConfig, workload: Workload, vocab_size: int, *, step: int, micro_step: int, rank: int
-) -> torch.Tensor:
-    """Token ids (sequences, sequence_length) int64, on the host, of one rank's forward pass.
+def sequence_indexes(config: TrialConfig, workload: Workload, *, micro_step: int, rank: int) -> list[int]:
+    """Which sequences of the global batch one rank's forward pass has, in order.
 
     The micro-batches of an optimizer step walk through the global batch; within one, the data-parallel ranks stand side
     by side: data-parallel rank r of R takes sequences (index of the micro-batch x R + r) x micro_batch_size onwards. A
@@ -44,12 +42,18 @@ def micro_batch(
         (batch * ranks + config.data_parallel_rank(rank)) * size
         for batch in range(micro_step * batches, (micro_step + 1) * batches)
     ]
+    return [first + i for first in firsts for i in range(size)]
+
+
+def micro_batch(
+    config: TrialConfig, workload: Workload, vocab_size: int, *, step: int, micro_step: int, rank: int
+) -> torch.Tensor:
+    """Token ids (sequences, sequence_length) int64, on the host, of `sequence_indexes`.
+
+    Raises:
+        ValueError: `micro_step` lies outside the optimizer step.
+    """
+    indexes = sequence_indexes(config, workload, micro_step=micro_step, rank=rank)
     return torch.from_numpy(
-        np.stack(
-            [
-                sequence(workload.seed, step, first + i, config.sequence_length, vocab_size)
-                for first in firsts
-                for i in range(size)
-            ]
-        )
+        np.stack([sequence(workload.seed, step, index, config.sequence_length, vocab_size) for index in indexes])
     )

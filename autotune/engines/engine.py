@@ -45,14 +45,6 @@ def build_engine(request: TrialRequest, device: torch.device) -> Engine:
         from autotune.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(request, device)
-    if request.config.pipeline_parallel_size > 1:
-        from autotune.engines.pipeline import PipelineEngine
+    from autotune.engines.pytorch import build_pytorch_engine
 
-        return PipelineEngine(request, device)
-    if request.config.has_own_layout:
-        from autotune.engines.layout import LayoutEngine
-
-        return LayoutEngine(request, device)
-    from autotune.engines.pytorch import PyTorchEngine
-
-    return PyTorchEngine(request, device)
+    return build_pytorch_engine(request, device)

@@ -89,15 +89,21 @@ class LayoutEngine(PyTorchEngine):
 
     def update(self) -> None:
         """See `Engine.update`."""
-        self._scaler.unscale_(self._optimizer)
+        self._scaler.unscale_(self.optimizer)
         gradients = _local_gradients(self._parameters)
         self._norm = self._global_norm(gradients)
         torch._foreach_mul_(
             [gradient for gradient, _ in gradients], (self._max_norm / (self._norm + 1e-6)).clamp(max=1)
         )
-        self._scaler.step(self._optimizer)
+        self._scaler.step(self.optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
+
+    def stage(self) -> tuple[int, bool]:
+        """See `PyTorchEngine.stage`."""
+        mesh = self._mesh
+        first = mesh.replicas.get_local_rank() == 0 and mesh.tensor.get_local_rank() == 0
+        return mesh.pipeline.get_local_rank(), first
 
     def _global_norm(self, gradients: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
         """The norm () over all ranks: of each shard as many ranks of the stage have a copy as there are more ranks than

@@ -20,10 +20,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import convert_outputs_to_fp32
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import GenerationMixin
 
 from autotune.errors import UsageError
 from autotune.modeling.build import (
@@ -56,7 +58,7 @@ class PyTorchEngine:
         self._max_norm = workload.max_gradient_norm or float("inf")
         self._model = self._lay_out(request, device)
         self._parameters = list(self._model.parameters())
-        self._optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             _parameter_groups(self._parameters, workload.weight_decay), lr=workload.learning_rate, fused=True
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -97,20 +99,30 @@ class PyTorchEngine:
 
     def update(self) -> None:
         """See `Engine.update`. With fp16, a step whose gradients overflow changes only the loss scale."""
-        self._scaler.unscale_(self._optimizer)
+        self._scaler.unscale_(self.optimizer)
         self._norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
-        self._scaler.step(self._optimizer)
+        self._scaler.step(self.optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
 
     def gradient_norm(self) -> float:
         """See `Engine.gradient_norm`."""
         norm = self._norm.full_tensor() if isinstance(self._norm, DTensor) else self._norm
         return norm.item()
 
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The parameters of this rank, whole or sharded, by Hugging Face's names."""
+        for module in self._model.modules():
+            if isinstance(module, GenerationMixin):  # the causal model, or the one of each stage
+                yield from module.named_parameters()
+
+    def stage(self) -> tuple[int, bool]:
+        """A number that ranks with the same parameters have in common, and whether this is the first of them."""
+        return 0, dist.get_rank() == 0
+
     def living_tensors(self) -> dict[str, list[torch.Tensor]]:
         """What lives between passes: `parameters`, `gradients` and `optimizer_states`; gathered ones are `buffers`."""
-        states = (value for state in self._optimizer.state.values() for value in state.values())
+        states = (value for state in self.optimizer.state.values() for value in state.values())
         return {
             "buffers": [gathered for gathered, _ in self._gathered()],
             "parameters": list(self._parameters),
@@ -148,3 +160,16 @@ def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float)
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def build_pytorch_engine(request: TrialRequest, device: torch.device) -> PyTorchEngine:
+    """The engine of the config's layout, see `autotune.engines.engine.build_engine`."""
+    if request.config.pipeline_parallel_size > 1:
+        from autotune.engines.pipeline import PipelineEngine
+
+        return PipelineEngine(request, device)
+    if request.config.has_own_layout:
+        from autotune.engines.layout import LayoutEngine
+
+        return LayoutEngine(request, device)
+    return PyTorchEngine(request, device)

@@ -61,6 +61,8 @@ def _not_on_cpu(target: Target, config: TrialConfig) -> str | None:
 
 def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> list[str]:
     """What the script itself must do under `target` to run `config` as it was measured, as Markdown."""
+    if target == "autotune":
+        return ["is `train.py` itself, a start to edit: how to run it stands at its top"]
     load = f'loads the model with `attn_implementation="{config.attention}"`'
     if config.engine == "pytorch":  # DeepSpeed casts weights and keeps fp32 masters, whatever it is given
         load += " and `dtype=torch.float32`"

@@ -5,5 +5,6 @@ mesh.py            which ranks share what
 stage.py           the decoder, or a pipeline stage of it, from token ids to the loss
 tensor_parallel.py which rank has what of each matrix
 ulysses.py         sequences in pieces, and heads in attention
+checkpoint.py      weights of a model that is spread over ranks, from and to safetensors
 memory_tracker.py  live and peak bytes of tensors, with a limit, on any device and on fake tensors
 """

@@ -177,11 +177,12 @@ def write_initial_weights(model: PreTrainedModel, device: torch.device, seed: in
     """Set each parameter, whole or sharded, to its `initial_weight`, in place."""
     std = initializer_range(model)
     for name, parameter in model.named_parameters():
-        _fill(parameter, initial_weight(name, parameter.shape, device, std, seed))
+        fill(parameter, initial_weight(name, parameter.shape, device, std, seed))
 
 
 @torch.no_grad()
-def _fill(parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
+def fill(parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
+    """Set a parameter, or the shard that this rank has of it, to the whole value `full`, in place."""
     if isinstance(parameter, DTensor):
         # Every rank has made the same full value, so each cuts its own shard and no one sends anything.
         full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
