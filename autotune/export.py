@@ -18,12 +18,13 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from autotune import __version__
+from autotune.confirmation import ROUNDS
 from autotune.errors import NothingFeasibleError, UsageError
 from autotune.formats.accelerate_yaml import DEEPSPEED_FILE, check_accelerate, to_accelerate
 from autotune.formats.deepspeed_json import check_deepspeed, to_deepspeed, to_hf_deepspeed
 from autotune.formats.targets import Target, cannot_express, left_to_script
 from autotune.formats.training_args import check_training_args, to_training_args
-from autotune.results import Best, fastest
+from autotune.results import Best
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Measurement
@@ -73,8 +74,7 @@ class Format:
         best = study.best()
         if best is None or self.refusal(best.config, study.space) is None:
             return best
-        able = [result for result in study.results if self.refusal(result.config, study.space) is None]
-        return fastest(able, study.space.file.memory_headroom)
+        return study.best_among(result for result in study.results if self.refusal(result.config, study.space) is None)
 
 
 def _training_args(study: Study, source: Best) -> str:
@@ -264,6 +264,8 @@ def _documents(study: Study, best: Best) -> dict[str, str]:
         ],
         modes=modes,
         baseline=study.baseline_outcome if isinstance(study.baseline_outcome, Measurement) else None,
+        verdict=study.verdict,
+        rounds=ROUNDS,
         format_bytes=format_bytes,
         format_rate=format_rate,
         format_seconds=format_seconds,
@@ -332,6 +334,7 @@ def _best_document(study: Study, best: Best) -> dict[str, Any]:
             "data_parallel_size": best.config.data_parallel_size,
         },
         "measured": figures(best.measurement),
+        "confirmed": best.measurement.confirms,
     }
 
 
@@ -350,7 +353,7 @@ def figures(measurement: Measurement) -> dict[str, Any]:
 
 def _provenance(study: Study, sources: dict[str, Best]) -> dict[str, Any]:
     space, best = study.space, sources["best.yaml"]
-    baseline = study.baseline_outcome
+    baseline, confirmed_baseline = study.baseline_outcome, _confirmed_baseline(study)
     return {
         "autotune": __version__,
         "study": space.name,
@@ -362,6 +365,7 @@ def _provenance(study: Study, sources: dict[str, Best]) -> dict[str, Any]:
                 "trial": source.trial,
                 "fingerprint": source.config.fingerprint,
                 "measured": figures(source.measurement),
+                "confirmed": source.measurement.confirms,
             }
             for name, source in sources.items()
         },
@@ -369,14 +373,31 @@ def _provenance(study: Study, sources: dict[str, Best]) -> dict[str, Any]:
         if baseline is None or space.baseline is None
         else {
             "config": space.baseline.to_dict(),
-            "outcome": figures(baseline) if isinstance(baseline, Measurement) else baseline.kind.value,
+            "outcome": figures(confirmed_baseline or baseline)
+            if isinstance(baseline, Measurement)
+            else baseline.kind.value,
+            "confirmed": confirmed_baseline is not None,
         },
         "method": {
             "warmup_optimizer_steps": space.measure.warmup,
             "measured_micro_steps": space.measure.micro_steps,
-            "confirmed": False,
+            "confirmed": best.measurement.confirms,
+        },
+        "confirmation": None
+        if study.verdict is None
+        else {
+            "optimizer_steps": study.verdict.steps,
+            "rounds": ROUNDS,
+            "trials": [contender.trial for contender in study.verdict.confirmed],
+            "gain": None if study.verdict.gain is None else dataclasses.asdict(study.verdict.gain),
+            "significant": study.verdict.significant,
         },
     }
+
+
+def _confirmed_baseline(study: Study) -> Measurement | None:
+    verdict = study.verdict
+    return None if verdict is None or verdict.baseline is None else verdict.baseline.measurement
 
 
 def _json(document: Any) -> str:

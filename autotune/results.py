@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from autotune.spec.config import Engine, TrialConfig
+from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase
 from autotune.spec.prediction import Prediction
-from autotune.spec.record import AttemptState, TrialRecord
+from autotune.spec.record import AttemptRecord, AttemptState, TrialRecord
 
 LOST = frozenset({FailureKind.WORKER_LOST, FailureKind.NODE_LOST})
 """Failures of the infrastructure: they say nothing about the config, which is run again."""
@@ -128,9 +128,14 @@ def must_run_alone(outcomes: Sequence[Outcome]) -> bool:
 
 
 def attempted_outcomes(trial: TrialRecord) -> list[Outcome]:
-    """What came of each attempt that ended, in order."""
-    ended = [attempt for attempt in trial.attempts if attempt.state is not AttemptState.RUNNING]
-    return [CUT_OFF if attempt.outcome is None else attempt.outcome for attempt in ended]
+    """What came of each attempt to screen it that ended, in order."""
+    ended = [attempt for attempt in trial.screenings if attempt.state is not AttemptState.RUNNING]
+    return [ended_outcome(attempt) for attempt in ended]
+
+
+def ended_outcome(attempt: AttemptRecord) -> Outcome:
+    """What came of an attempt that does not run any more."""
+    return CUT_OFF if attempt.outcome is None else attempt.outcome
 
 
 def eligible(measurement: Measurement, memory_headroom: float) -> bool:
@@ -142,12 +147,12 @@ def eligible(measurement: Measurement, memory_headroom: float) -> bool:
     return measurement.allocator_retries == 0 and measurement.peak_device_used_bytes <= usable
 
 
-def fastest(results: Iterable[Result], memory_headroom: float, engine: Engine | None = None) -> Best | None:
-    """The fastest eligible trial, among all or those of one engine; None when there is none."""
+def fastest(results: Iterable[Result], memory_headroom: float) -> Best | None:
+    """The fastest eligible trial; None when there is none."""
     found = [
         Best(number, config, outcome)
         for number, config, outcome in results
-        if isinstance(outcome, Measurement) and eligible(outcome, memory_headroom) and engine in (None, config.engine)
+        if isinstance(outcome, Measurement) and eligible(outcome, memory_headroom)
     ]
     return max(found, key=lambda best: (best.measurement.tokens_per_second_per_gpu, -best.trial), default=None)
 
@@ -174,7 +179,8 @@ def standing_results(trials: Iterable[TrialRecord]) -> list[Result]:
 
 def stored_counts(trials: Sequence[TrialRecord]) -> Counts:
     """Stored trials by state."""
-    running = sum(bool(trial.attempts) and trial.attempts[-1].state is AttemptState.RUNNING for trial in trials)
+    last = (trial.screenings[-1:] for trial in trials)
+    running = sum(attempt.state is AttemptState.RUNNING for attempts in last for attempt in attempts)
     results = standing_results(trials)
     return count(
         (result.outcome for result in results), interrupted=len(trials) - len(results) - running, running=running

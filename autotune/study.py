@@ -1,4 +1,4 @@
-"""The loop of a study: propose, run, record. It knows no torch, no SQL, no Ray and no HTML.
+"""The loop of a study: propose, run, record, confirm. It knows no torch, no SQL, no Ray and no HTML.
 
 A runner (`autotune.search.runner`) pulls attempts with `next_attempt` and pushes outcomes with `record`; the study
 decides what is run next, what is run again, when the budget is spent, and which config is the best. All of it is
@@ -7,7 +7,7 @@ rebuilt from the store, which is the only truth: kill the process at any moment 
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from autotune.confirmation import Confirmation, Run, Verdict, confirmation_seconds, contenders
 from autotune.errors import StoreError
 from autotune.results import (
     Best,
@@ -24,16 +25,20 @@ from autotune.results import (
     attempted_outcomes,
     count,
     eligible,
+    ended_outcome,
     fastest,
     ledger,
     must_run_alone,
     standing_outcome,
 )
 from autotune.space.space import Space, stored_space
-from autotune.spec.config import Engine, TrialConfig
-from autotune.spec.outcome import Measurement, Outcome
+from autotune.spec.config import TrialConfig
+from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome
 from autotune.spec.prediction import Prediction
-from autotune.spec.record import SpaceRecord, StudyRecord, TrialRecord
+from autotune.spec.record import AttemptState, SpaceRecord, StudyRecord, TrialRecord, Turn
+
+MOST_RESERVED = 0.5
+"""Share of the budget that screening leaves to confirmation, at most."""
 
 
 class Store(Protocol):
@@ -52,7 +57,12 @@ class Store(Protocol):
         """Every trial with its attempts, by number."""
 
     def begin_attempt(
-        self, study: str, config: TrialConfig, source: str, prediction: Prediction | None = None
+        self,
+        study: str,
+        config: TrialConfig,
+        source: str,
+        prediction: Prediction | None = None,
+        turn: Turn | None = None,
     ) -> tuple[int, int]:
         """Record that an attempt starts, and what is expected of it; returns (trial number, attempt id)."""
 
@@ -82,6 +92,10 @@ class Attempt:
     trial: int
     config: TrialConfig
     source: str
+    turn: Turn | None = None
+    """Which run of which confirmation it is; None of one that screens."""
+    expected_step_seconds: float | None = None
+    """Of an optimizer step, by its screening; None where that is not known."""
 
 
 class Observer(Protocol):
@@ -111,8 +125,12 @@ class Study:
         self._sources: dict[TrialConfig, str] = {}
         self._predictions: dict[TrialConfig, Prediction] = {}
         self._running: dict[int, Attempt] = {}
+        self._since: dict[int, float] = {}
         self._again: deque[TrialConfig] = deque()
         self._outside: set[TrialConfig] = set()
+        self._confirming: list[Run] = []
+        self._screened: str | None = None
+        self._verdict: tuple[tuple[int, int], Verdict | None] | None = None
         self._spent_gpu_seconds = 0.0
         self._started = time.monotonic()
         baseline = space.baseline
@@ -121,7 +139,13 @@ class Study:
             if trial.prediction is not None:
                 self._predictions[trial.config] = trial.prediction
             self._outcomes[trial.config] = attempted_outcomes(trial)
-            self._spent_gpu_seconds += sum(o.elapsed_seconds for o in self._outcomes[trial.config]) * trial.config.gpus
+            self._confirming += [
+                Run(trial.number, attempt.turn, ended_outcome(attempt))
+                for attempt in trial.attempts
+                if attempt.turn is not None and attempt.state is not AttemptState.RUNNING
+            ]
+            ended = [ended_outcome(attempt) for attempt in trial.attempts if attempt.state is not AttemptState.RUNNING]
+            self._spent_gpu_seconds += sum(o.elapsed_seconds for o in ended) * trial.config.gpus
             if trial.config not in space and trial.config != baseline:
                 self._outside.add(trial.config)
             elif not self.settled(trial.config):
@@ -195,7 +219,34 @@ class Study:
         self._numbers[config] = number
         self._outcomes.setdefault(config, [])
         attempt = Attempt(id=attempt_id, trial=number, config=config, source=source)
-        self._running[attempt_id] = attempt
+        return self._begin(attempt)
+
+    def next_confirmation(self) -> Attempt | None:
+        """Begin the next run that confirms, once the screening is over and nothing runs.
+
+        Nothing is screened any more afterwards, so that runs are compared that were made one after the other.
+
+        Returns:
+            None when everything is confirmed, the budget is spent, or something runs still.
+        """
+        if self._running or self.spent is not None or (found := self._confirmation()) is None or found.next is None:
+            return None
+        self._screened = self.stop_reason or "no candidate is left"
+        contender, turn = found.next
+        config, screened = contender.config, contender.outcome
+        _, attempt_id = self._store.begin_attempt(self.space.name, config, self._sources[config], turn=turn)
+        attempt = Attempt(
+            id=attempt_id,
+            trial=contender.trial,
+            config=config,
+            source=self._sources[config],
+            turn=turn,
+            expected_step_seconds=screened.step_time_seconds if isinstance(screened, Measurement) else None,
+        )
+        return self._begin(attempt)
+
+    def _begin(self, attempt: Attempt) -> Attempt:
+        self._running[attempt.id], self._since[attempt.id] = attempt, time.monotonic()
         for observer in self.observers:
             observer.started(attempt)
         return attempt
@@ -209,12 +260,17 @@ class Study:
 
     def record(self, attempt: Attempt, outcome: Outcome) -> None:
         """Store how an attempt ended and decide whether its config is run again."""
+        if isinstance(outcome, Failure) and outcome.kind is FailureKind.INTERRUPTED and not outcome.elapsed_seconds:
+            outcome = replace(outcome, elapsed_seconds=time.monotonic() - self._since[attempt.id])
         self._store.finish_attempt(attempt.id, outcome)
-        del self._running[attempt.id]
-        self._outcomes[attempt.config].append(outcome)
+        del self._running[attempt.id], self._since[attempt.id]
         self._spent_gpu_seconds += outcome.elapsed_seconds * attempt.config.gpus
-        if not self.settled(attempt.config):
-            self._again.append(attempt.config)
+        if attempt.turn is not None:
+            self._confirming.append(Run(attempt.trial, attempt.turn, outcome))
+        else:
+            self._outcomes[attempt.config].append(outcome)
+            if not self.settled(attempt.config):
+                self._again.append(attempt.config)
         for observer in self.observers:
             observer.finished(attempt, outcome)
 
@@ -224,8 +280,8 @@ class Study:
 
     @property
     def unsettled(self) -> list[TrialConfig]:
-        """Configs that run, or wait to be run again."""
-        return [attempt.config for attempt in self._running.values()] + list(self._again)
+        """Configs that are screened now, or wait to be screened again."""
+        return self._being_screened + list(self._again)
 
     @property
     def known_count(self) -> int:
@@ -245,15 +301,70 @@ class Study:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why nothing more may be started, or None."""
+        """Why nothing more may be screened, or None. Enough of minutes and GPU-hours is left to confirm the winner."""
         budget = self.space.file.budget
-        if self.counts.finished + len(self._running) >= budget.trials:
+        if self.counts.finished + len(self._being_screened) >= budget.trials:
             return f"{budget.trials} trials"
-        if budget.minutes is not None and self.elapsed_seconds >= budget.minutes * 60:
+        return self._screened or self.spent or self._spent(*self._confirmation_cost())
+
+    @property
+    def spent(self) -> str | None:
+        """Which of minutes and GPU-hours is spent, so that nothing at all may be started; None: neither."""
+        return self._spent(0.0, 0.0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether neither anything more is to be screened, for want of budget, nor anything to be confirmed."""
+        if self.stop_reason is None:
+            return False
+        return self.spent is not None or (found := self._confirmation()) is None or found.next is None
+
+    @property
+    def _being_screened(self) -> list[TrialConfig]:
+        return [attempt.config for attempt in self._running.values() if attempt.turn is None]
+
+    def _spent(self, reserved_seconds: float, reserved_gpu_seconds: float) -> str | None:
+        budget = self.space.file.budget
+        if budget.minutes is not None and self.elapsed_seconds + reserved_seconds >= budget.minutes * 60:
             return f"{budget.minutes:g} minutes"
-        if budget.gpu_hours is not None and self._spent_gpu_seconds >= budget.gpu_hours * 3600:
+        if budget.gpu_hours is not None and self.gpu_seconds + reserved_gpu_seconds >= budget.gpu_hours * 3600:
             return f"{budget.gpu_hours:g} GPU-hours"
         return None
+
+    def _confirmation_cost(self) -> tuple[float, float]:
+        """Seconds and GPU-seconds that confirming those who lead now will take, at most a share of the budget."""
+        budget, measure = self.space.file.budget, self.space.file.measure
+        if budget.minutes is None and budget.gpu_hours is None:
+            return 0.0, 0.0
+        seconds = gpu_seconds = 0.0
+        for _, config, outcome in self._contenders():
+            if isinstance(outcome, Measurement):
+                took = confirmation_seconds(outcome, measure.confirm_steps)
+                seconds, gpu_seconds = seconds + took, gpu_seconds + took * config.gpus
+        return (
+            min(seconds, MOST_RESERVED * 60 * (budget.minutes or 0)),
+            min(gpu_seconds, MOST_RESERVED * 3600 * (budget.gpu_hours or 0)),
+        )
+
+    def _contenders(self) -> list[Result]:
+        file = self.space.file
+        steps = self.space.workload.micro_steps
+        return contenders(self.results, self.space.baseline, file.measure.confirm_top, file.memory_headroom, steps)
+
+    def _confirmation(self) -> Confirmation | None:
+        """The confirmation as it stands; None where the file wants none."""
+        file = self.space.file
+        if not file.measure.confirm_top:
+            return None
+        return Confirmation(
+            self.results,
+            self._confirming,
+            baseline=self.space.baseline,
+            top=file.measure.confirm_top,
+            steps=file.measure.confirm_steps,
+            headroom=file.memory_headroom,
+            accumulation=self.space.workload.micro_steps,
+        )
 
     # What is known
 
@@ -264,8 +375,13 @@ class Study:
 
     @property
     def gpu_seconds(self) -> float:
-        """GPUs x seconds that finished attempts held, over all runs of the study."""
-        return self._spent_gpu_seconds
+        """GPUs x seconds that attempts held, over all runs of the study, those included that run now."""
+        now = time.monotonic()
+        held = [(now - self._since[number], attempt.config.gpus) for number, attempt in self._running.items()]
+        # Of several that run, some may wait for their GPUs; together they hold no more than there are.
+        longest = max((seconds for seconds, _ in held), default=0.0)
+        running = min(sum(s * gpus for s, gpus in held), longest * self.space.cluster.total_gpus)
+        return self._spent_gpu_seconds + running
 
     @property
     def results(self) -> list[Result]:
@@ -299,9 +415,30 @@ class Study:
         """Whether a measurement left the memory headroom that the file asks for."""
         return eligible(measurement, self.space.file.memory_headroom)
 
-    def best(self, engine: Engine | None = None) -> Best | None:
-        """The fastest eligible trial, among all or those of one engine; None when there is none."""
-        return fastest(self.results, self.space.file.memory_headroom, engine)
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the confirmation of those who lead now says; None until all of its runs are made."""
+        key = len(self._confirming), sum(map(len, self._outcomes.values()))
+        if not self._confirming:
+            return None
+        if self._verdict is None or self._verdict[0] != key:
+            found = self._confirmation()
+            self._verdict = key, None if found is None else found.verdict
+        return self._verdict[1]
+
+    def best(self) -> Best | None:
+        """The confirmed winner; before there is one, the fastest eligible trial of the screening."""
+        verdict = self.verdict
+        if verdict is None:
+            return fastest(self.results, self.space.file.memory_headroom)
+        winner = verdict.winner
+        return None if winner is None else Best(winner.trial, winner.config, winner.measurement)
+
+    def best_among(self, results: Iterable[Result]) -> Best | None:
+        """The fastest eligible trial of some, by screening; its figures are confirmed ones if there are any."""
+        best = fastest(results, self.space.file.memory_headroom)
+        confirmed = None if best is None or self.verdict is None else self.verdict.of(best.trial)
+        return best if best is None or confirmed is None else best._replace(measurement=confirmed.measurement)
 
     @property
     def baseline_outcome(self) -> Outcome | None:

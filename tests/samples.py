@@ -1,5 +1,7 @@
 """Small values that many tests need: a space file's text, configs, outcomes."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import yaml
 
 from autotune.space.space import Space, load_space
 from autotune.spec.config import TrialConfig
-from autotune.spec.outcome import Failure, FailureKind, Measurement, Phase, RankMeasurement
+from autotune.spec.outcome import Failure, FailureKind, GpuHealth, LongRun, Measurement, Phase, RankMeasurement
 
 MIB = 1024**2
 
@@ -26,6 +28,7 @@ SPACE: dict[str, Any] = {
     },
     "baseline": {"engine": "deepspeed", "precision": "fp32", "zero_stage": 3, "micro_batch_size": 1},
     "budget": {"trials": 6},
+    "measure": {"confirm_top": 0},
 }
 
 
@@ -76,6 +79,27 @@ def measurement(
         ranks=(rank,),
         elapsed_seconds=2.0,
     )
+
+
+def confirmed(seconds: Sequence[float], *, used_bytes: int = 40 * MIB, allocated: Sequence[int] = ()) -> Measurement:
+    """What a run of so many whole steps might measure at 1000 tokens a step and GPU."""
+    mean = statistics.fmean(seconds)
+    found = measurement(1000.0 / mean, used_bytes=used_bytes)
+    run = LongRun(
+        step_seconds=tuple(seconds),
+        allocated_bytes=tuple(allocated) or (MIB,) * len(seconds),
+        evaluation_seconds=0.1,
+        checkpoint_seconds=0.2,
+        checkpoint_bytes=MIB,
+        checkpoint_skipped=None,
+        host="node-1",
+        gpu=GpuHealth(
+            lowest_clock_mhz=1500, highest_clock_mhz=1980, hottest_celsius=71, throttle_reasons=("sw_power_cap",)
+        ),
+    )
+    (rank,) = found.ranks
+    rank = replace(rank, micro_step_seconds=(), update_step_seconds=(), long_run=run)
+    return replace(found, step_time_seconds=mean, ranks=(rank,))
 
 
 def failure(kind: FailureKind = FailureKind.OUT_OF_MEMORY, **fields: Any) -> Failure:

@@ -77,7 +77,7 @@ def test_a_file_that_cannot_express_the_winner_is_from_the_fastest_trial_that_it
     search = {"engine": ["deepspeed", "pytorch"], "zero_stage": [0, 3], "micro_batch_size": [1, 2]}
     study = finished_study(tmp_path, store, pytorch_is_faster, search=search, cluster=GPUS)
     files = export_best(study, tmp_path / "out")
-    winner, of_deepspeed = study.best(), study.best(engine="deepspeed")
+    winner, of_deepspeed = study.best(), study.best_among(r for r in study.results if r.config.engine == "deepspeed")
     assert winner is not None
     assert of_deepspeed is not None
     assert winner.config.engine == "pytorch"

@@ -135,7 +135,7 @@ def test_the_best_is_the_fastest_that_left_headroom(tmp_path: Path, store: SqlSt
     best = study.best()
     assert best is not None
     assert (best.trial, best.measurement.tokens_per_second_per_gpu) == (4, 300.0)
-    of_engine = study.best(engine="pytorch")
+    of_engine = study.best_among(result for result in study.results if result.config.engine == "pytorch")
     assert of_engine is None or of_engine.config.engine == "pytorch"
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -87,6 +88,18 @@ class DeepSpeedEngine:
     def gradient_norm(self) -> float:
         """See `Engine.gradient_norm`."""
         return float(self._norm)
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See `Engine.evaluate`."""
+        self._engine.eval()
+        loss: torch.Tensor = self._engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        self._engine.train()
+        return loss
+
+    def save(self, folder: Path) -> None:
+        """See `Engine.save`: DeepSpeed's checkpoint, as the Trainer asks for it."""
+        self._engine.save_checkpoint(str(folder))
 
     def living_tensors(self) -> dict[str, list[torch.Tensor]]:
         """What lives between passes: `parameters`, `gradients`, `optimizer_states`, except what is on the `host`."""

@@ -1,5 +1,6 @@
 """The seam between a trial and the library that runs its step."""
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -33,6 +34,18 @@ class Engine(Protocol):
 
     def gradient_norm(self) -> float:
         """Global gradient norm of the last `update`, before clipping."""
+        ...
+
+    def evaluate(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The mean loss (scalar) of `input_ids` (batch, sequence) without gradients, dropout or checkpointing."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer states as the job that is exported would, each rank its share.
+
+        Args:
+            folder: is there already on this node.
+        """
         ...
 
 

@@ -12,6 +12,7 @@ torch.distributed.pipelining runs the schedules. Memory and idle time follow fro
 A micro-step is a whole optimizer step: the schedule mixes forward and backward passes, all within `forward`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,11 +78,17 @@ class PipelineEngine(LayoutEngine):
             The mean loss, which every stage is told.
         """
         assert boundary
+        return self._step(input_ids, self._schedule.step)
+
+    def _forward_only(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self._step(input_ids, self._schedule.eval)
+
+    def _step(self, input_ids: torch.Tensor, run: Callable[..., Any]) -> torch.Tensor:
         tokens, labels = self._piece(input_ids), self._piece(shifted_labels(input_ids))
         losses: list[torch.Tensor] = []
         with self._shared_logits():
             try:
-                self._schedule.step(
+                run(
                     *([tokens] if self._has_first else []),
                     **({"target": labels, "losses": losses} if self._has_last else {}),
                     labels=labels,

@@ -18,10 +18,13 @@ and accelerate do (read in transformers 5.23 and accelerate 1.15), and what foll
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import convert_outputs_to_fp32
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -119,6 +122,22 @@ class PyTorchEngine:
     def stage(self) -> tuple[int, bool]:
         """A number that ranks with the same parameters have in common, and whether this is the first of them."""
         return 0, dist.get_rank() == 0
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See `Engine.evaluate`."""
+        self._model.eval()
+        loss = self._forward_only(input_ids)
+        self._model.train()
+        return loss
+
+    def _forward_only(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.forward(input_ids, boundary=True)
+
+    def save(self, folder: Path) -> None:
+        """See `Engine.save`. Each rank its shards, as accelerate saves FSDP2 by default; under DDP rank 0 all."""
+        model, optimizer = get_state_dict(self._model, self._optimizer)
+        save({f"stage {self.stage()[0]}": {"model": model, "optimizer": optimizer}}, checkpoint_id=folder)
 
     def living_tensors(self) -> dict[str, list[torch.Tensor]]:
         """What lives between passes: `parameters`, `gradients` and `optimizer_states`; gathered ones are `buffers`."""

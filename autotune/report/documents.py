@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from autotune.report.verdict import verdict_document
 from autotune.results import Best, Counts, Ledger, attempted_outcomes, standing_outcome
 from autotune.spec.record import AttemptRecord, StudyRecord, TrialRecord
 from autotune.study import Study
@@ -16,6 +17,7 @@ def study_document(study: Study, artifacts: dict[str, Path]) -> dict[str, Any]:
         "trials": counts_document(study.counts),
         "best": None if best is None else best_document(best),
         "baseline": None if baseline is None else baseline.to_dict(),
+        "confirmation": None if study.verdict is None else verdict_document(study.verdict),
         "prediction": ledger_document(study.ledger),
         "artifacts": {name: str(path) for name, path in artifacts.items()},
     }
@@ -73,6 +75,7 @@ def counts_document(counts: Counts) -> dict[str, int]:
 def _attempt_document(attempt: AttemptRecord) -> dict[str, Any]:
     return {
         "attempt": attempt.number,
+        "confirmation": None if attempt.turn is None else attempt.turn._asdict(),
         "state": attempt.state.value,
         "started_at": attempt.started_at.isoformat(),
         "finished_at": None if attempt.finished_at is None else attempt.finished_at.isoformat(),

@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from autotune.confirmation import ROUNDS
+from autotune.report.verdict import confirmation_text, gain_text, notes, speed_text
 from autotune.results import Result
 from autotune.space.space import Space
 from autotune.spec.outcome import Failure, Measurement, Outcome
@@ -169,6 +171,10 @@ class Progress:
     def finished(self, attempt: Attempt, outcome: Outcome) -> None:
         """Its outcome is in the store."""
         self._running.pop(attempt.id, None)
+        if attempt.turn is not None:
+            if not self._console.is_terminal:
+                self._console.print(Text(self._confirming(attempt, outcome)), soft_wrap=True)
+            return
         self._finished_at.append(time.monotonic())
         if self._study.settled(attempt.config):
             self._rows.append(Result(attempt.trial, attempt.config, outcome))
@@ -187,17 +193,27 @@ class Progress:
             words.append(f"({' '.join(outcome.message.split())[:200]})")
         self._console.print(Text(" ".join(words)), soft_wrap=True)
 
+    def _confirming(self, attempt: Attempt, outcome: Outcome) -> str:
+        assert attempt.turn is not None
+        words = f"confirming trial {attempt.trial}, run {attempt.turn.round} of {ROUNDS}: "
+        words += outcome_text(outcome).plain.strip()
+        if isinstance(outcome, Measurement):
+            return f"{words} over {self._steps} optimizer steps, {memory_text(outcome)}"
+        return f"{words} ({' '.join(outcome.message.split())[:200]})"
+
+    @property
+    def _steps(self) -> int:
+        return -(-self._study.space.file.measure.confirm_steps // ROUNDS)
+
     def _render(self) -> RenderableType:
         # The display runs in its own thread; the copies keep it off lists that change meanwhile.
         rows, running = self._rows[-SHOWN_TRIALS:], list(self._running.values())
         parts: list[RenderableType] = [trial_table(rows, self._study)] if rows else []
         now = time.monotonic()
         for attempt, since in running:
-            parts.append(
-                Text(
-                    f"{attempt.trial:>2} running {format_seconds(now - since):>7}  {attempt.config.describe()}", "cyan"
-                )
-            )
+            doing = "running" if attempt.turn is None else f"confirming, run {attempt.turn.round} of {ROUNDS}"
+            words = f"{attempt.trial:>2} {doing} {format_seconds(now - since):>7}  {attempt.config.describe()}"
+            parts.append(Text(words, "cyan"))
         if not rows and not running:
             parts.append(Text("starting Ray and the workers", "dim"))
         parts.append(self._footer())
@@ -249,43 +265,37 @@ class Tracing:
 
 def result_panel(study: Study, artifacts: dict[str, Path]) -> RenderableType:
     """The verdict and where the files are."""
-    best, baseline, counts = study.best(), study.baseline_outcome, study.counts
+    best, counts = study.best(), study.counts
     summary = f"{counts.complete} complete, {counts.out_of_memory} out of memory, {counts.failed} failed"
     summary += f" in {format_seconds(study.elapsed_seconds)}"
     if best is None:
         return Panel(Text(f"No trial is eligible. {summary}."), title="nothing found", border_style="yellow")
     measured = best.measurement
-    lines = [
-        Text.assemble(("best    ", "dim"), (best.config.describe(), "bold green"), f"  (trial {best.trial})"),
-        Text.assemble(
-            ("speed   ", "dim"),
-            f"{format_rate(measured.tokens_per_second_per_gpu)} tokens/s/GPU{_gain(measured, baseline)}",
-        ),
-        Text.assemble(
-            ("memory  ", "dim"),
-            f"{format_bytes(measured.peak_device_used_bytes)} of {format_bytes(measured.device_memory_bytes)}"
-            " on the fullest rank",
-        ),
-        Text.assemble(("trials  ", "dim"), summary),
+    rows: list[tuple[str, str | Text]] = [
+        ("best", Text.assemble((best.config.describe(), "bold green"), f"  (trial {best.trial})")),
+        ("speed", speed_text(study, best)),
     ]
+    if (gain := gain_text(study, best)) is not None:
+        rows.append(("gain", gain))
+    used, total = format_bytes(measured.peak_device_used_bytes), format_bytes(measured.device_memory_bytes)
+    rows.append(("memory", f"{used} of {total} on the fullest rank"))
+    rows.append(("confirmed", confirmation_text(study)))
+    rows += [("", note) for note in notes(study)]
+    rows.append(("trials", summary))
     if study.forecast is not None and len(study.worth_a_launch) < len(study.space.candidates):
         refused = len(study.space.candidates) - len(study.worth_a_launch)
-        lines.append(Text.assemble(("refused ", "dim"), f"{refused} candidates, predicted to run out of memory"))
+        rows.append(("refused", f"{refused} candidates, predicted to run out of memory"))
     if words := ledger_text(study):
-        lines.append(Text.assemble(("ledger  ", "dim"), words))
+        rows.append(("ledger", words))
     if artifacts:
         folder = next(iter(artifacts.values())).parent
-        lines.append(Text.assemble(("files   ", "dim"), f"{_short(folder)}: {', '.join(artifacts)}"))
-    return Panel(Group(*lines), title=f"study {study.space.name}", border_style="green", expand=False)
-
-
-def _gain(measured: Measurement, baseline: Outcome | None) -> str:
-    if isinstance(baseline, Failure):
-        return f", where the baseline ends with {baseline.kind.value.replace('_', ' ')}"
-    if baseline is None:
-        return ""
-    ratio = measured.tokens_per_second_per_gpu / baseline.tokens_per_second_per_gpu
-    return f", {ratio:.2f}x the baseline's {format_rate(baseline.tokens_per_second_per_gpu)} (screening runs)"
+        rows.append(("files", f"{_short(folder)}: {', '.join(artifacts)}"))
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column()
+    for label, value in rows:
+        grid.add_row(label, value)
+    return Panel(grid, title=f"study {study.space.name}", border_style="green", expand=False)
 
 
 def _short(path: Path) -> str:

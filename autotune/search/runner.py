@@ -11,6 +11,7 @@ from ray import tune
 from autotune.predict.plan import Plan
 from autotune.search.samplers import SamplerName, build_sampler
 from autotune.search.tune_search import TuneSearch
+from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.request import TrialRequest
 from autotune.study import Study
@@ -33,7 +34,7 @@ def run_study(
     launcher: LauncherName = LauncherName.POOL,
     plan: Plan | None = None,
 ) -> None:
-    """Run trials until the budget is spent or no candidate is left. Ray is connected already.
+    """Run trials until the budget is spent or no candidate is left, then confirm what leads. Ray is connected already.
 
     As many trials run at a time as the cluster has room for. Under Ray Train they hold no reservation while they wait
     for it, so only as many run as there would be room for if all were of the largest size.
@@ -42,7 +43,7 @@ def run_study(
         KeyboardInterrupt: the user stopped it; running attempts are stored as interrupted.
     """
     space = study.space
-    if study.stop_reason is not None:
+    if study.finished:
         return
     search = TuneSearch(study, build_sampler(sampler, seed, study, plan), seed)
     pooled = launcher is LauncherName.POOL
@@ -65,7 +66,9 @@ def run_study(
     if pooled:
         trainable = tune.with_resources(
             tune.with_parameters(TrialTrainable, **given),
-            lambda trial: placement(TrialConfig.from_dict(trial["config"]), cluster),
+            lambda trial: placement(
+                TrialConfig.from_dict(trial["config"]), cluster, _first_nodes(cluster) if "long_run" in trial else ()
+            ),
         )
     else:
         trainable = tune.with_resources(tune.with_parameters(RayTrainTrainable, study=space.name, **given), RESERVATION)
@@ -84,6 +87,15 @@ def run_study(
             raise
         finally:
             del pools
+
+
+def _first_nodes(cluster: ClusterSpec) -> list[str]:
+    """Addresses of the nodes that all runs of a confirmation use; none where there is no choice."""
+    if cluster.nodes == 1:
+        return []
+    resource = "CPU" if cluster.device == "cpu" else "GPU"
+    able = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get(resource, 0) >= cluster.gpus_per_node]
+    return sorted(node["NodeManagerAddress"] for node in able)
 
 
 def _start_pools(study: Study, log_dir: Path) -> list[Any]:

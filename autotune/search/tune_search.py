@@ -15,18 +15,34 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from autotune.confirmation import ROUNDS
 from autotune.results import UNSTABLE
 from autotune.search.distributions import distributions
 from autotune.search.plan_sampler import PlanSampler
-from autotune.space.space import NOT_APPLICABLE
+from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase, outcome_from_dict
 from autotune.study import Attempt, Study
 
 OBJECTIVE = "objective"
 MEMORY_CONSTRAINT = "memory"
+PATIENCE = 3.0
+"""How many times as long as by its screening a run that confirms may take for its steps."""
 MAX_REDRAWS = 20
 """Illegal, known or too big proposals that are redrawn before any untried candidate is taken at random."""
+
+
+def order(attempt: Attempt, space: Space) -> dict[str, Any]:
+    """An attempt as Ray Tune hands it to the trainable."""
+    found: dict[str, Any] = {"attempt": attempt.id, "trial": attempt.trial, "config": attempt.config.to_dict()}
+    if attempt.turn is not None:
+        measure, first = space.file.measure, attempt.turn.round == 1
+        steps = -(-measure.confirm_steps // ROUNDS)
+        found["long_run"] = {"steps": steps, "evaluate": first, "save": first and measure.confirm_checkpoint}
+        # Whole steps of a slow baseline take longer than any trial may.
+        expected = (steps + 1) * (attempt.expected_step_seconds or 0.0)
+        found["more_seconds"] = PATIENCE * expected
+    return found
 
 
 class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
@@ -51,15 +67,22 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
             self._add_finished(config, outcome)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial for Ray Tune; None while it may ask again later, `FINISHED` at the study's end."""
+        """The next trial for Ray Tune; None while it may ask again later, `FINISHED` at the study's end.
+
+        When nothing is left to screen, what leads is confirmed, one run after the other.
+        """
         self._drawn = None
         attempt = self._study.next_attempt(self._propose)
+        if attempt is None and self._attempts:
+            return None  # A running trial may yet have to be run again.
+        if attempt is not None:
+            self._register(trial_id, attempt.config)
+        else:
+            attempt = self._study.next_confirmation()
         if attempt is None:
-            # A running trial may yet have to be run again.
-            return None if self._attempts else str(Searcher.FINISHED)
+            return str(Searcher.FINISHED)
         self._attempts[trial_id] = attempt
-        self._register(trial_id, attempt.config)
-        return {"attempt": attempt.id, "trial": attempt.trial, "config": attempt.config.to_dict()}
+        return order(attempt, self._tune_space)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: a trial reports once, at its end."""

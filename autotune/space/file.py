@@ -160,6 +160,12 @@ class MeasureFile(_Strict):
 
     warmup: PositiveInt = 1
     micro_steps: AtLeastTwo = 6
+    confirm_top: Annotated[int, Field(ge=0, le=100, strict=True)] = 2
+    """Finalists that run again against the baseline; 0: none is confirmed."""
+    confirm_steps: AtLeastTwo = 30
+    """Optimizer steps that count of each of them."""
+    confirm_checkpoint: bool = True
+    """Whether each saves a checkpoint once, which is deleted."""
 
 
 class SpaceFile(_Strict):

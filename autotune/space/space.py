@@ -96,7 +96,7 @@ class Space:
                 self.cluster.gpu.name,
                 self.cluster.memory_bytes,
             ],
-            "measure": self.file.measure.model_dump(),
+            "measure": self.file.measure.model_dump(include={"warmup", "micro_steps"}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -47,6 +47,44 @@ class Phase(StrEnum):
     BACKWARD = "backward"
     OPTIMIZER = "optimizer"
     """Clipping and the optimizer update."""
+    EVALUATE = "evaluate"
+    """A forward pass without gradients, when a config is confirmed."""
+    SAVE = "save"
+    """A checkpoint is written, when a config is confirmed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuHealth:
+    """What the driver (NVML) said of a GPU while whole steps ran, asked after each of them."""
+
+    lowest_clock_mhz: int
+    """Of the streaming multiprocessors."""
+    highest_clock_mhz: int
+    hottest_celsius: int
+    throttle_reasons: tuple[str, ...]
+    """What held the clock down at some time, such as `sw_power_cap` or `hw_thermal_slowdown`; idleness is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRun:
+    """What a rank measures in addition when a config is confirmed: whole optimizer steps, and what a job also does."""
+
+    step_seconds: tuple[float, ...]
+    """Whole optimizer steps with all their micro-steps, the first one left out."""
+    allocated_bytes: tuple[int, ...]
+    """Live tensors after each of those steps."""
+    evaluation_seconds: float | None
+    """One forward pass without gradients over a micro-batch; None in the rounds that leave it out."""
+    checkpoint_seconds: float | None
+    """Saving weights and optimizer states; None where none was saved."""
+    checkpoint_bytes: int
+    """Written on this rank's node. 0 where none was saved."""
+    checkpoint_skipped: str | None
+    """Why none was saved; None where one was, or in the rounds that leave it out."""
+    host: str
+    """Name of the machine: rounds are comparable on the same ones."""
+    gpu: GpuHealth | None
+    """None where there is no NVML."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +112,8 @@ class RankMeasurement:
     """Wall seconds of `start`, `build`, `warmup` and `measure`."""
     environment: dict[str, str]
     """Versions and device name, see `autotune.trial.environment`."""
+    long_run: LongRun | None = None
+    """None in a screening run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +147,11 @@ class Measurement:
     elapsed_seconds: float = 0.0
     """Wall seconds from the reservation of the GPUs to their release."""
     log_path: str | None = None
+
+    @property
+    def confirms(self) -> bool:
+        """Whether whole optimizer steps were timed, as a confirmation does."""
+        return any(rank.long_run is not None for rank in self.ranks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `outcome_from_dict` reads it back."""
@@ -148,8 +193,16 @@ def outcome_from_dict(fields: dict[str, Any]) -> Outcome:
                 "micro_step_seconds": tuple(rank["micro_step_seconds"]),
                 "update_step_seconds": tuple(rank["update_step_seconds"]),
                 "losses": tuple(rank["losses"]),
+                "long_run": None if rank.get("long_run") is None else _long_run(rank["long_run"]),
             }
         )
         for rank in fields.pop("ranks")
     )
     return Measurement(**fields, ranks=ranks)
+
+
+def _long_run(fields: dict[str, Any]) -> LongRun:
+    gpu = fields["gpu"]
+    lists = {name: tuple(fields[name]) for name in ("step_seconds", "allocated_bytes")}
+    health = None if gpu is None else GpuHealth(**{**gpu, "throttle_reasons": tuple(gpu["throttle_reasons"])})
+    return LongRun(**{**fields, **lists, "gpu": health})

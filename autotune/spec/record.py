@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import NamedTuple
 
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
@@ -23,6 +24,15 @@ class AttemptState(StrEnum):
     """It was cut off, by us or by a crash, and says nothing about its config."""
 
 
+class Turn(NamedTuple):
+    """Which run of which confirmation an attempt is."""
+
+    confirmation: int
+    """1, 2, … within the study: runs of different ones are never compared."""
+    round: int
+    """1, 2, … within the confirmation: in each, every contender runs once."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptRecord:
     """One run of a trial. Times are aware and in UTC."""
@@ -36,6 +46,8 @@ class AttemptRecord:
     """None while it runs."""
     outcome: Outcome | None
     """None while it runs, and where a crash of the tuner cut it off."""
+    turn: Turn | None = None
+    """None of an attempt that screens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +62,7 @@ class TrialRecord:
     space_version: int
     """The version of the search space in which it was proposed."""
     attempts: tuple[AttemptRecord, ...]
-    """By number; at least one."""
+    """By number; at least one, of which the first one screens."""
     prediction: Prediction | None = None
     """What was expected before the first attempt; None where nothing was."""
 
@@ -60,11 +72,15 @@ class TrialRecord:
         return self.config.fingerprint
 
     @property
+    def screenings(self) -> tuple[AttemptRecord, ...]:
+        """The attempts that screen, by number."""
+        return tuple(attempt for attempt in self.attempts if attempt.turn is None)
+
+    @property
     def outcome(self) -> Outcome | None:
-        """What the last attempt found out; None while it runs or where it was interrupted."""
-        if not self.attempts or self.attempts[-1].state not in (AttemptState.COMPLETE, AttemptState.FAILED):
-            return None
-        return self.attempts[-1].outcome
+        """What the last screening found out; None while it runs or where it was interrupted."""
+        last = self.screenings[-1] if self.screenings else None
+        return None if last is None or last.state is AttemptState.INTERRUPTED else last.outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
-from autotune.spec.workload import MeasureSettings, Workload
+from autotune.spec.workload import LongRunSettings, MeasureSettings, Workload
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -21,6 +21,8 @@ class TrialRequest:
     config: TrialConfig
     device: DeviceType
     measure: MeasureSettings = field(default_factory=MeasureSettings)
+    long_run: LongRunSettings | None = None
+    """Measure whole optimizer steps instead, to confirm the config; None: screen it."""
     memory_limit_bytes: int | None = None
     """CPU only: live tensor bytes a rank may hold before it runs out of memory."""
     timeout_seconds: float = 600.0

@@ -63,3 +63,15 @@ class MeasureSettings:
     """Full optimizer cycles before the clock starts: they allocate Adam's state and communicators and tune kernels."""
     micro_steps: int = 6
     """Micro-steps measured in all, at least two of them ending in an optimizer update."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRunSettings:
+    """What a run that confirms a config does after the warm-up, besides measuring as a screening trial does not."""
+
+    steps: int
+    """Whole optimizer steps that count; one more runs before them."""
+    evaluate: bool = False
+    """One forward pass without gradients follows."""
+    save: bool = False
+    """And one checkpoint, which is deleted."""

@@ -21,7 +21,7 @@ from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, outcome_from_dict
 from autotune.spec.prediction import Prediction
-from autotune.spec.record import AttemptRecord, AttemptState, SpaceRecord, StudyRecord, TrialRecord
+from autotune.spec.record import AttemptRecord, AttemptState, SpaceRecord, StudyRecord, TrialRecord, Turn
 from autotune.store.connect import WRITES, connect, mask_url, parse_url, reported, sqlite_path
 from autotune.store.lease import EXPIRES_AFTER, Driver
 from autotune.store.migrate import is_current, schema_revision, upgrade_schema
@@ -139,6 +139,7 @@ class SqlStore:
             select(
                 Trial.number.label("trial_number"), Trial.config, Trial.source, Trial.space_version, Trial.prediction,
                 Attempt.id, Attempt.number, Attempt.state, Attempt.started_at, Attempt.finished_at, Attempt.outcome,
+                Attempt.confirmation, Attempt.confirmation_round,
             )
             .join(Attempt, Attempt.trial_id == Trial.id)
             .order_by(Trial.number, Attempt.number)
@@ -152,7 +153,12 @@ class SqlStore:
             ]
 
     def begin_attempt(
-        self, study: str, config: TrialConfig, source: str, prediction: Prediction | None = None
+        self,
+        study: str,
+        config: TrialConfig,
+        source: str,
+        prediction: Prediction | None = None,
+        turn: Turn | None = None,
     ) -> tuple[int, int]:
         """Note that a config is about to run: a new trial if the study has not seen the config, and a running attempt.
 
@@ -161,6 +167,7 @@ class SqlStore:
             config: what is about to run.
             source: `baseline` or `search`; a trial keeps the first one it got.
             prediction: what is expected of it; a trial keeps the first one it got.
+            turn: of an attempt that confirms the config.
 
         Returns:
             The trial's number, and the attempt's id for `finish_attempt`.
@@ -185,7 +192,12 @@ class SqlStore:
                 session.flush()
             last = session.scalar(select(func.max(Attempt.number)).where(Attempt.trial_id == trial.id))
             attempt = Attempt(
-                trial_id=trial.id, number=(last or 0) + 1, state=AttemptState.RUNNING.value, started_at=_now()
+                trial_id=trial.id,
+                number=(last or 0) + 1,
+                state=AttemptState.RUNNING.value,
+                started_at=_now(),
+                confirmation=None if turn is None else turn.confirmation,
+                confirmation_round=None if turn is None else turn.round,
             )
             session.add(attempt)
             session.flush()
@@ -377,6 +389,7 @@ def _trial_record(rows: Sequence[Row[Any]]) -> TrialRecord:
             started_at=row.started_at,
             finished_at=row.finished_at,
             outcome=None if row.outcome is None else outcome_from_dict(row.outcome),
+            turn=None if row.confirmation is None else Turn(row.confirmation, row.confirmation_round),
         )
         for row in rows
     )

@@ -153,3 +153,6 @@ class Attempt(Base):
     peak_memory_allocated_bytes: Mapped[int | None] = mapped_column(BigInteger)
     log_path: Mapped[str | None] = mapped_column(Text)
     environment_id: Mapped[int | None] = mapped_column(ForeignKey("environments.id"))
+    confirmation: Mapped[int | None]
+    """Of an attempt that confirms its config: which confirmation of the study; NULL of one that screens it."""
+    confirmation_round: Mapped[int | None]

@@ -23,6 +23,9 @@ from autotune.trial.leftovers import GANG_VARIABLE, mapped_shared_memory
 STACKS_SIGNAL = signal.SIGUSR1
 """Makes a rank write its Python stack to its log, even while it waits inside a collective."""
 
+CHECKPOINT = "checkpoint"
+"""Folder beside a rank's log in which it saves a checkpoint, to be deleted."""
+
 _PR_SET_PDEATHSIG = 1
 _CUDA_ERROR_NOT_INITIALIZED = 3
 

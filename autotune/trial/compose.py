@@ -17,13 +17,15 @@ def compose(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSpe
         tokens per second and GPU = tokens of a step / step time / GPUs
         model FLOPs utilization = FLOPs per token x tokens per second and GPU / dense peak of the GPU
 
+    A long run has timed whole optimizer steps: its step time is their mean, each step as long as on its slowest rank.
+
     Left out: what happens once per many steps (saving, evaluating, loading data). Samples of different ranks are not
     matched up: the medians of one rank are added, then the slowest rank is taken. A pipeline's only micro-step is the
     whole step.
     """
     config = request.config
     accumulation = request.workload.micro_steps(config)
-    step_time = max(_step_time(rank, accumulation) for rank in ranks)
+    step_time = _whole_step_time(ranks) or max(_step_time(rank, accumulation) for rank in ranks)
     tokens = request.workload.tokens_per_step(config) / step_time / config.gpus
     peak = gpu.peak_flops_per_second.get(config.precision)
     return Measurement(
@@ -44,6 +46,11 @@ def slowest(phase_seconds: Sequence[dict[str, float]]) -> dict[str, float]:
     """Per phase the longest time of any rank."""
     names = dict.fromkeys(name for rank in phase_seconds for name in rank)
     return {name: max(rank.get(name, 0.0) for rank in phase_seconds) for name in names}
+
+
+def _whole_step_time(ranks: Sequence[RankMeasurement]) -> float | None:
+    whole = [rank.long_run.step_seconds for rank in ranks if rank.long_run is not None]
+    return statistics.fmean(map(max, zip(*whole, strict=True))) if whole else None
 
 
 def _step_time(rank: RankMeasurement, accumulation: int) -> float:

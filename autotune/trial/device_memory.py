@@ -60,8 +60,12 @@ class DeviceMemory(Protocol):
         """Called after each micro-step."""
         ...
 
+    def live_bytes(self) -> int:
+        """Of tensors, now."""
+        ...
+
     def peaks(self) -> MemoryPeaks:
-        """What was reached since `begin`."""
+        """What was reached since `begin`; may be asked after the context has ended."""
         ...
 
 
@@ -102,6 +106,10 @@ class CpuMemory:
     def sample(self) -> None:
         """Nothing: the tracker sees every operator."""
 
+    def live_bytes(self) -> int:
+        """See `DeviceMemory`."""
+        return self._tracker.live_bytes
+
     def peaks(self) -> MemoryPeaks:
         """See `DeviceMemory`. There is no caching allocator, so all three peaks are the same."""
         peak = self._tracker.peak_bytes
@@ -140,6 +148,10 @@ class CudaMemory:
         """Note what others hold of the device: the driver's context, NCCL, kernels' own buffers, other processes."""
         free, total = torch.cuda.mem_get_info(self._device)
         self._outside_bytes = max(self._outside_bytes, total - free - torch.cuda.memory_reserved(self._device))
+
+    def live_bytes(self) -> int:
+        """See `DeviceMemory`."""
+        return torch.cuda.memory_allocated(self._device)
 
     def peaks(self) -> MemoryPeaks:
         """See `DeviceMemory`. The device's use cannot be watched in between, so its peak is put together from parts."""

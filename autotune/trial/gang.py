@@ -30,6 +30,8 @@ UNKILLABLE_SECONDS = 60.0
 """After this long a killed process is stuck in the kernel, and so is the node's device."""
 OWNER_POLL_SECONDS = 0.5
 """How often to look whether the process that the trial is run for still lives."""
+QUIET = frozenset({Phase.BUILD, Phase.SAVE})
+"""Phases in which silence is no hang: weights are read, extensions compiled, checkpoints written, for minutes."""
 TAIL_LINES = 8
 TAIL_BYTES = 16384
 TAIL_LINE_CHARACTERS = 300
@@ -146,9 +148,9 @@ def watch(
     The failure that counts is the first one, except that a rank's own verdict beats what its survivors say about it,
     which can be heard earlier.
 
-    Silence is a hang, but not while the model is built: there a rank reads weights or compiles for minutes without a
-    word, while its peers wait for it in a collective, and no rank leaves before all are done (`autotune.trial.worker`).
-    A build that hangs is caught by the process group's timeout or by the deadline.
+    Silence is a hang, but not while the model is built or saved: there a rank reads weights, compiles or writes for
+    minutes without a word, while its peers wait for it in a collective, and no rank leaves before all are done
+    (`autotune.trial.worker`). What hangs there is caught by the process group's timeout or by the deadline.
 
     Args:
         ranks: the gang on this node.
@@ -167,9 +169,9 @@ def watch(
     while True:
         failures = [rank.failure for rank in ranks if rank.failure is not None]
         pending = [rank for rank in ranks if not rank.has_verdict]
-        building = any(rank.progress.phase is Phase.BUILD for rank in pending)
+        quiet = any(rank.progress.phase in QUIET for rank in pending)
         silent_until = last_progress + request.stall_seconds
-        patience = deadline if building else min(deadline, silent_until)
+        patience = deadline if quiet else min(deadline, silent_until)
         now = time.monotonic()
         if failures:
             first_failure = min(first_failure, now)

@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import sys
 import threading
@@ -231,6 +232,8 @@ class NodePool:
         finally:
             stuck = end(gang, delivered=finished, began=began)
             wait_for(lambda: not kill_strays(name), STRAYS_SECONDS)
+            if request.long_run is not None:  # ranks remove it themselves, unless they were killed
+                shutil.rmtree(self._log_dir / request.trial_id / child.CHECKPOINT, ignore_errors=True)
         return result(gang, stuck or failure)
 
     def _evict(self, trial_ids: Sequence[str]) -> None:

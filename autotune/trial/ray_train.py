@@ -4,6 +4,7 @@ Every trial pays for the start of Ray Train's processes and for their imports, w
 """
 
 import math
+import time
 from typing import Any
 
 from ray import tune
@@ -39,6 +40,7 @@ class RayTrainTrainable(TrialTrainable):
         self._study = study
 
     def _run(self, request: TrialRequest) -> Outcome:
+        self._held_since = time.time()  # the GPUs are reserved from here on, not with this process
         from autotune.trial.train_run import run_trial  # imports torch, which the driver of the study does not need
 
         # If this process is killed, what it leaves is among Ray's own files.

@@ -15,7 +15,7 @@ from autotune.spec.outcome import FailureKind, Phase, RankFailure, RankMeasureme
 from autotune.spec.request import TrialRequest
 from autotune.trial.child import Progress
 from autotune.trial.failure import is_collateral, is_collective_timeout
-from autotune.trial.gang import STACKS_SECONDS
+from autotune.trial.gang import QUIET, STACKS_SECONDS
 from autotune.trial.pool import READY_SECONDS
 
 SURVIVOR_SECONDS = 10.0
@@ -85,8 +85,8 @@ def watch(
     """Wait until every rank has delivered, or one failed, or time is up.
 
     The failure that counts is the first one, except that survivors of another rank's failure wait for its verdict. The
-    clock of the trial starts when the last rank has its libraries, and silence is no hang while a rank builds its
-    model.
+    clock of the trial starts when the last rank has its libraries, and silence is no hang while a rank builds or
+    saves its model.
 
     Args:
         ranks: in order; what they say is noted in them.
@@ -113,7 +113,7 @@ def watch(
             until = collateral_at + SURVIVOR_SECONDS
         elif not ready:
             until = started + READY_SECONDS
-        elif any(rank.phase is Phase.BUILD for rank in pending):
+        elif any(rank.phase in QUIET for rank in pending):
             until = ready_at + request.timeout_seconds
         else:
             until = min(ready_at + request.timeout_seconds, silent_until)

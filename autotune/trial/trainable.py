@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -21,6 +22,7 @@ from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase
 from autotune.spec.request import TrialRequest
+from autotune.spec.workload import LongRunSettings
 from autotune.trial.compose import compose
 from autotune.trial.failure import describe, is_collateral
 from autotune.trial.pool import ENGINE, READY_SECONDS, GangResult, NodePool
@@ -29,15 +31,25 @@ POLL_SECONDS = 5.0
 RESTART_POLL_SECONDS = 0.5
 HOLDER_SECONDS = 60.0
 """The GPUs are reserved already when a holder is started; if it cannot be, its node has gone meanwhile."""
+NODE_SHARE = 0.001
+"""Of the resource `node:ADDRESS` that every node of Ray has once, to be asked for by name."""
 VERDICT_SECONDS = 1.0
 """How long the node that knows why a trial failed may speak later than the others."""
 
 
-def placement(config: TrialConfig, cluster: ClusterSpec) -> tune.PlacementGroupFactory:
-    """The trial's reservation: one bundle a node, all or nothing."""
+def placement(config: TrialConfig, cluster: ClusterSpec, addresses: Sequence[str] = ()) -> tune.PlacementGroupFactory:
+    """The trial's reservation: one bundle a node, all or nothing.
+
+    Args:
+        config: the trial's.
+        cluster: where it runs.
+        addresses: of nodes that it must run on, the first of them; without any, Ray chooses.
+    """
     nodes = math.ceil(config.gpus / cluster.gpus_per_node)
     resource = "CPU" if cluster.device == "cpu" else "GPU"
     bundles = [{resource: float(config.gpus // nodes)} for _ in range(nodes)]
+    for bundle, address in zip(bundles, addresses, strict=False):
+        bundle[f"node:{address}"] = NODE_SHARE
     return tune.PlacementGroupFactory(bundles, strategy="STRICT_PACK" if nodes == 1 else "STRICT_SPREAD")
 
 
@@ -136,6 +148,8 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
         """Called once per actor; `reset_config` hands over later trials."""
         self._template, self._cluster, self._log_dir = template, cluster, log_dir
         self._trial = config
+        # The reservation is as old as this process, and is kept from one trial to the next.
+        self._held_since = psutil.Process().create_time()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial; the actor and its imports are kept."""
@@ -146,10 +160,18 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
         """The whole trial."""
         config = TrialConfig.from_dict(self._trial["config"])
         trial_id = f"{self._trial['trial']:04d}-{self._trial['attempt']}"
-        request = dataclasses.replace(self._template, config=config, trial_id=trial_id)
-        started = time.monotonic()
+        long_run = self._trial.get("long_run")
+        request = dataclasses.replace(
+            self._template,
+            config=config,
+            trial_id=trial_id,
+            long_run=None if long_run is None else LongRunSettings(**long_run),
+            timeout_seconds=self._template.timeout_seconds + self._trial.get("more_seconds", 0.0),
+        )
         outcome = self._run(request)
-        outcome = dataclasses.replace(outcome, elapsed_seconds=time.monotonic() - started)
+        now = time.time()
+        outcome = dataclasses.replace(outcome, elapsed_seconds=now - self._held_since)
+        self._held_since = now
         speed = outcome.tokens_per_second_per_gpu if isinstance(outcome, Measurement) else 0.0
         # As text, because Tune flattens nested results before the searcher sees them.
         return {"outcome": json.dumps(outcome.to_dict()), "objective": speed, "done": True}

@@ -5,6 +5,7 @@ import importlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,19 @@ from autotune.engines.batches import micro_batch
 from autotune.engines.engine import Engine
 from autotune.spec.outcome import Phase, RankMeasurement
 from autotune.spec.request import TrialRequest
-from autotune.trial.child import Reporter, Seat
+from autotune.spec.workload import LongRunSettings
+from autotune.trial.child import CHECKPOINT, Reporter, Seat
 from autotune.trial.device_memory import DeviceMemory, await_free_device, device_memory
 from autotune.trial.environment import environment
+from autotune.trial.gpu_health import NoWatch, watch_gpu
+from autotune.trial.long_run import (
+    Saved,
+    WholeSteps,
+    evaluate,
+    long_run,
+    run_whole_steps,
+    save_and_delete,
+)
 from autotune.trial.measure import Samples, measure_plan, run_micro_steps, warmup_plan
 
 GROUP_TIMEOUT_RATIO = 0.9
@@ -49,8 +60,27 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
         reporter.enter_stage("build", Phase.BUILD)
         built = build(request, device)
         dist.barrier()  # The parent bears silence from a rank that builds, not from others that wait for it.
-        warmup, measured = _measure(built, seat, request, device, memory, reporter, enter_phase)
-        peaks = memory.peaks()
+        run = _Run(built, seat, request, device, memory, enter_phase)
+        memory.begin()
+        reporter.enter_stage("warmup", Phase.FORWARD)
+        warmup = run.micro_steps(warmup_plan(run.accumulation, request.measure.warmup), first_step=0)
+        reporter.enter_stage("measure", Phase.FORWARD)
+        measured, long = Samples(), None
+        if request.long_run is None:
+            plan = measure_plan(run.accumulation, request.measure.micro_steps)
+            measured = run.micro_steps(plan, first_step=request.measure.warmup)
+        else:
+            steps, evaluation_seconds = run.whole_steps(request.long_run)
+            measured = Samples(losses=steps.losses)
+    if request.long_run is not None:
+        # Out of the tracker's sight: on CPU it would take what is copied to be written for the device's.
+        saved = Saved()
+        if request.long_run.save:
+            enter_phase(Phase.SAVE)
+            folder = Path(seat.log_path).parent / CHECKPOINT
+            saved = save_and_delete(built, folder, request.model.num_parameters, first_of_node=seat.local_rank == 0)
+        long = long_run(steps, run.watch, evaluation_seconds, saved)
+    peaks = memory.peaks()
     return RankMeasurement(
         rank=seat.rank,
         micro_step_seconds=tuple(measured.micro_step_seconds),
@@ -63,6 +93,7 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
         allocator_retries=peaks.allocator_retries,
         phase_seconds=reporter.phase_seconds,
         environment=environment(request.device),
+        long_run=long,
     )
 
 
@@ -99,43 +130,71 @@ def _resolve(engine: str) -> Callable[[TrialRequest, torch.device], Engine]:
     return build
 
 
-def _measure(
-    engine: Engine,
-    seat: Seat,
-    request: TrialRequest,
-    device: torch.device,
-    memory: DeviceMemory,
-    reporter: Reporter,
-    enter_phase: Callable[[Phase], None],
-) -> tuple[Samples, Samples]:
-    """Warm up, then measure: the samples of both."""
-    accumulation = request.workload.micro_steps(request.config)
+class _Run:
+    """What this rank runs on its engine."""
 
-    def batch(step: int, micro_step: int) -> torch.Tensor:
+    def __init__(
+        self,
+        engine: Engine,
+        seat: Seat,
+        request: TrialRequest,
+        device: torch.device,
+        memory: DeviceMemory,
+        enter_phase: Callable[[Phase], None],
+    ) -> None:
+        self.accumulation = request.workload.micro_steps(request.config)
+        self.watch = watch_gpu(device) if request.long_run is not None else NoWatch()
+        self._engine, self._seat, self._request, self._device = engine, seat, request, device
+        self._memory, self._enter_phase = memory, enter_phase
+        self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def micro_steps(self, plan: tuple[bool, ...], first_step: int) -> Samples:
+        """See `autotune.trial.measure.run_micro_steps`."""
+        return run_micro_steps(
+            self._engine,
+            plan,
+            batch=self._batch,
+            first_step=first_step,
+            synchronize=self._synchronize,
+            barrier=dist.barrier,
+            on_phase=self._enter_phase,
+            after_sample=self._memory.sample,
+        )
+
+    def whole_steps(self, settings: LongRunSettings) -> tuple[WholeSteps, float | None]:
+        """The steps, and the seconds of the evaluation pass if there is one."""
+        first_step = self._request.measure.warmup
+        steps = run_whole_steps(
+            self._engine,
+            settings,
+            self.accumulation,
+            batch=self._batch,
+            first_step=first_step,
+            synchronize=self._synchronize,
+            barrier=dist.barrier,
+            on_phase=self._enter_phase,
+            live_bytes=self._memory.live_bytes,
+            after_step=self._after_step,
+        )
+        if not settings.evaluate:
+            return steps, None
+        self._enter_phase(Phase.EVALUATE)
+        inputs = self._batch(first_step, 0)
+        seconds = evaluate(self._engine, inputs, synchronize=self._synchronize, barrier=dist.barrier)
+        self._memory.sample()
+        return steps, seconds
+
+    def _after_step(self) -> None:
+        self.watch.sample()
+        self._memory.sample()
+
+    def _batch(self, step: int, micro_step: int) -> torch.Tensor:
         tokens = micro_batch(
-            request.config,
-            request.workload,
-            request.model.vocab_size,
+            self._request.config,
+            self._request.workload,
+            self._request.model.vocab_size,
             step=step,
             micro_step=micro_step,
-            rank=seat.rank,
+            rank=self._seat.rank,
         )
-        return tokens.to(device)
-
-    def run(plan: tuple[bool, ...], first_step: int) -> Samples:
-        return run_micro_steps(
-            engine,
-            plan,
-            batch=batch,
-            first_step=first_step,
-            synchronize=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
-            barrier=dist.barrier,
-            on_phase=enter_phase,
-            after_sample=memory.sample,
-        )
-
-    memory.begin()
-    reporter.enter_stage("warmup", Phase.FORWARD)
-    warmup = run(warmup_plan(accumulation, request.measure.warmup), first_step=0)
-    reporter.enter_stage("measure", Phase.FORWARD)
-    return warmup, run(measure_plan(accumulation, request.measure.micro_steps), first_step=request.measure.warmup)
+        return tokens.to(self._device)

@@ -83,6 +83,7 @@ def write_space(folder: Path, trials: int, study: str = "job-test") -> Path:
     document["search"] |= {"activation_checkpointing": ["none", "full"], "micro_batch_size": [1, 2, 4, 8, 16, 32]}
     document["baseline"] = {"precision": "fp32", "zero_stage": 0, "activation_checkpointing": "full"}
     document["baseline"] |= {"micro_batch_size": 8}
+    document["measure"] |= {"confirm_top": 0}
     path = folder / "space.yaml"
     path.write_text(yaml.safe_dump(document))
     return path

@@ -21,7 +21,7 @@ from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome
 from autotune.spec.prediction import Prediction
 from autotune.store.store import SqlStore, open_store
 from autotune.study import Study
-from tests.samples import failure, sample_space, simulate
+from tests.samples import confirmed, failure, sample_space, simulate
 
 BUCKET = "zero_optimization.reduce_bucket_size"
 CONDITIONAL = {
@@ -231,3 +231,25 @@ def test_ray_pickles_nothing_of_it(tmp_path: Path, store: SqlStore) -> None:
     assert len(pickle.dumps(search)) < 1000
     search.save(str(tmp_path / "searcher"))
     assert not (tmp_path / "searcher").exists()
+
+
+def test_what_leads_is_confirmed_when_nothing_is_left_to_screen(tmp_path: Path, store: SqlStore) -> None:
+    space = sample_space(tmp_path, budget={"trials": 5}, measure={"confirm_top": 1, "confirm_steps": 10})
+    study = Study.open(space, store)
+    search = search_of(study)
+    orders: list[dict[str, Any]] = []
+    while (suggested := search.suggest(f"t{len(orders)}")) != Searcher.FINISHED:
+        assert isinstance(suggested, dict)
+        if "long_run" in suggested:
+            assert search.suggest("another") is None  # it runs alone
+        orders.append(suggested)
+        config = TrialConfig.from_dict(suggested["config"])
+        seconds = 8.0 / config.micro_batch_size
+        report(search, f"t{len(orders) - 1}", confirmed([seconds] * 5) if "long_run" in suggested else simulate(config))
+    confirming = [suggested for suggested in orders if "long_run" in suggested]
+    once, plain = {"steps": 5, "evaluate": True, "save": True}, {"steps": 5, "evaluate": False, "save": False}
+    assert [suggested["long_run"] for suggested in confirming] == [once, once, plain, plain]
+    assert confirming[0]["trial"] == 1
+    assert confirming[0]["more_seconds"] == 3 * 6 * 1.0  # whole steps of 1 s, with patience
+    assert len(finished_trials(search)) == len(orders) - len(confirming)
+    assert study.verdict is not None
