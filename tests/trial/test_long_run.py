@@ -21,6 +21,7 @@ from autotune.trial.gpu_health import GpuWatch
 from autotune.trial.long_run import WholeSteps, run_whole_steps, save_and_delete
 from autotune.trial.pool import NodePool
 from tests.trial.gangs import a_request, run
+from tests.trial.recorder import Recorder
 
 
 @pytest.mark.parametrize(("engine", "zero_stage"), [("pytorch", 3), ("deepspeed", 2)])
@@ -51,7 +52,7 @@ def test_whole_steps_an_evaluation_and_a_checkpoint(pool: NodePool, engine: Engi
 
 
 def test_a_disk_without_room_is_said_and_no_failure(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         saved = save_and_delete(Recorder(), tmp_path / "checkpoint", 10**15, first_of_node=True)
     finally:
@@ -59,33 +60,6 @@ def test_a_disk_without_room_is_said_and_no_failure(tmp_path: Path) -> None:
     assert (saved.seconds, saved.size) == (None, 0)
     assert str(saved.skipped).startswith("it may take 18000000.0 GB, and a node has ")
     assert not (tmp_path / "checkpoint").exists()
-
-
-class Recorder:
-    """An engine that writes down what is asked of it."""
-
-    def __init__(self, losses: list[float] | None = None) -> None:
-        self.calls: list[str] = []
-        self._losses = iter(losses or itertools.repeat(1.0))
-
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
-        self.calls.append(f"forward {input_ids.item()} {boundary}")
-        return torch.tensor(next(self._losses))
-
-    def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
-        self.calls.append("backward")
-
-    def update(self) -> None:
-        self.calls.append("update")
-
-    def gradient_norm(self) -> float:
-        return 1.0
-
-    def evaluate(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(1.0)
-
-    def save(self, folder: Path) -> None:
-        raise AssertionError(folder)
 
 
 def steps_of(engine: Recorder, steps: int) -> WholeSteps:
@@ -107,7 +81,7 @@ def steps_of(engine: Recorder, steps: int) -> WholeSteps:
 def test_steps_are_whole_and_the_first_one_is_left_out() -> None:
     engine = Recorder()
     found = steps_of(engine, 1)
-    one = ["barrier", "forward {0}0 False", "backward", "forward {0}1 True", "backward", "update", "after"]
+    one = ["barrier", "forward {0}0 False", "backward False", "forward {0}1 True", "backward True", "update", "after"]
     assert engine.calls == [word.format(step) for step in (1, 2) for word in one]
     assert (len(found.seconds), found.allocated_bytes, len(found.losses)) == (1, [100], 4)
 

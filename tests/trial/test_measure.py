@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from autotune.spec.outcome import Phase
 from autotune.trial.failure import NonFiniteLossError
 from autotune.trial.measure import Samples, measure_plan, run_micro_steps, warmup_plan
+from tests.trial.recorder import Recorder
 
 
 @given(accumulation=st.integers(1, 200), micro_steps=st.integers(1, 40))
@@ -28,27 +29,6 @@ def test_plans_as_one_would_write_them() -> None:
     assert measure_plan(16, 6) == (False, False, True) * 2
     assert warmup_plan(1, 1) == (True,)
     assert warmup_plan(16, 2) == (False, True, False, True)
-
-
-class Recorder:
-    """An engine that writes down what is asked of it."""
-
-    def __init__(self, losses: list[float] | None = None) -> None:
-        self.calls: list[str] = []
-        self._losses = iter(losses or itertools.repeat(1.0))
-
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
-        self.calls.append(f"forward {input_ids.item()} {boundary}")
-        return torch.tensor(next(self._losses))
-
-    def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
-        self.calls.append(f"backward {boundary}")
-
-    def update(self) -> None:
-        self.calls.append("update")
-
-    def gradient_norm(self) -> float:
-        return 1.0
 
 
 def run(engine: Recorder, plan: tuple[bool, ...]) -> Samples:
