@@ -136,7 +136,7 @@ class PyTorchEngine:
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`. Each rank its shards, as accelerate saves FSDP2 by default; under DDP rank 0 all."""
-        model, optimizer = get_state_dict(self._model, self._optimizer)
+        model, optimizer = get_state_dict(self._model, self.optimizer)
         save({f"stage {self.stage()[0]}": {"model": model, "optimizer": optimizer}}, checkpoint_id=folder)
 
     def living_tensors(self) -> dict[str, list[torch.Tensor]]:
