@@ -60,12 +60,26 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """Predicted memory against what trials showed."""
+    """Predicted memory and speed against what trials showed."""
 
     errors: tuple[float, ...]
     """predicted / measured - 1 of the device's used peak, for each measured trial, by number."""
     surprises: tuple[int, ...]
     """Trials that ran out of memory, or left too little headroom, though they were predicted to fit, by number."""
+    speed_errors: tuple[float, ...] = ()
+    """predicted / measured - 1 of the throughput, as the plan had it before any trial, by number."""
+    launch_errors: tuple[float, ...] = ()
+    """The same of what was expected when the trial was launched, after those before it, by number."""
+
+    @property
+    def median_speed_error(self) -> float:
+        """Without sign; 0 where nothing was predicted and measured."""
+        return _median_size(self.speed_errors)
+
+    @property
+    def median_launch_error(self) -> float:
+        """Without sign; 0 where nothing was expected and measured."""
+        return _median_size(self.launch_errors)
 
     @property
     def largest_error(self) -> float:
@@ -75,7 +89,7 @@ class Ledger:
     @property
     def median_error(self) -> float:
         """Without sign; 0 where nothing was measured."""
-        return statistics.median(abs(error) for error in self.errors) if self.errors else 0.0
+        return _median_size(self.errors)
 
 
 def ledger(results: Iterable[Result], predictions: Mapping[TrialConfig, Prediction], usable_bytes: float) -> Ledger:
@@ -88,18 +102,34 @@ def ledger(results: Iterable[Result], predictions: Mapping[TrialConfig, Predicti
     """
     errors: list[float] = []
     surprises: list[int] = []
+    speeds: list[float] = []
+    launches: list[float] = []
     for number, config, outcome in results:
         if config not in predictions:
             continue
         predicted = predictions[config].device_used_bytes
         if isinstance(outcome, Measurement):
             errors.append(predicted / outcome.peak_device_used_bytes - 1)
+            speed, proposal = predictions[config].tokens_per_second_per_gpu, predictions[config].proposal
+            if speed is not None:
+                speeds.append(speed / outcome.tokens_per_second_per_gpu - 1)
+                if proposal is not None:
+                    launches.append((proposal["throughput"] or 0.0) / outcome.tokens_per_second_per_gpu - 1)
             full = outcome.peak_device_used_bytes > usable_bytes or outcome.allocator_retries > 0
         else:
             full = outcome.kind.is_memory
         if full and predicted <= usable_bytes:
             surprises.append(number)
-    return Ledger(errors=tuple(errors), surprises=tuple(surprises))
+    return Ledger(
+        errors=tuple(errors),
+        surprises=tuple(surprises),
+        speed_errors=tuple(speeds),
+        launch_errors=tuple(launches),
+    )
+
+
+def _median_size(errors: Sequence[float]) -> float:
+    return statistics.median(abs(error) for error in errors) if errors else 0.0
 
 
 def standing_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:

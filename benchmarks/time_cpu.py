@@ -30,8 +30,8 @@ from replay import search_plan
 from threadpoolctl import threadpool_limits
 
 from autotune.predict.plan import Plan
+from autotune.search.columns import candidates_of
 from autotune.search.expected_improvement import Expectation, ExpectedImprovement, Observed
-from autotune.search.plan_sampler import candidates_of
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]

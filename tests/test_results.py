@@ -1,5 +1,7 @@
 """The ledger: how predictions stand against what trials showed."""
 
+from dataclasses import replace
+
 import pytest
 
 from autotune.results import Result, ledger
@@ -39,6 +41,18 @@ def test_a_surprise_did_not_fit_though_it_should_have() -> None:
         (60, measurement()),  # better than predicted
     )
     assert ledger(results, predictions, 56 * MIB).surprises == (1, 3, 4)
+
+
+def test_speed_has_its_own_errors_before_the_study_and_at_launch() -> None:
+    results, predictions = rows((40, measurement(200.0)), (40, measurement(100.0)), (40, failure()))
+    first, second, third = predictions
+    predictions[first] = replace(predictions[first], tokens_per_second_per_gpu=300.0)
+    expected = replace(predictions[second], tokens_per_second_per_gpu=80.0, proposal={"throughput": 95.0})
+    predictions[second] = predictions[third] = expected
+    found = ledger(results, predictions, 56 * MIB)
+    assert found.speed_errors == pytest.approx((0.5, -0.2))
+    assert found.launch_errors == pytest.approx((-0.05,))
+    assert (found.median_speed_error, found.median_launch_error) == pytest.approx((0.35, 0.05))
 
 
 def test_without_predictions_there_is_nothing_to_say() -> None:

@@ -24,12 +24,17 @@ def study_document(study: Study, artifacts: dict[str, Path]) -> dict[str, Any]:
 
 
 def ledger_document(ledger: Ledger) -> dict[str, Any]:
-    """Predicted and measured memory."""
+    """Predicted and measured memory and speed."""
     return {
         "measured": len(ledger.errors),
         "median_error": ledger.median_error,
         "largest_error": ledger.largest_error,
         "surprises": list(ledger.surprises),
+        "speed": {
+            "measured": len(ledger.speed_errors),
+            "median_error": ledger.median_speed_error,
+            "median_error_when_launched": ledger.median_launch_error if ledger.launch_errors else None,
+        },
     }
 
 

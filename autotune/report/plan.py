@@ -1,7 +1,6 @@
 """A plan and the explanation of one config, in words for the terminal and as plain JSON data."""
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,16 +14,15 @@ from rich.text import Text
 from autotune.predict.levers import Lever
 from autotune.predict.memory import predict_memory
 from autotune.predict.plan import Plan
+from autotune.report.speeds import UNCALIBRATED, Speeds, budget_cost, budget_gpu_hours
 from autotune.report.terminal import headline
 from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.prediction import MemoryPrediction
-from autotune.units import format_bytes, format_rate
+from autotune.units import format_bytes
 
 ROW_AXES = ("gpus", "engine", "zero_stage", "offload", "precision")
 BAR_WIDTH = 24
-UNCALIBRATED = "Speeds are not calibrated on this cluster: the order is meant, the figures may be off by 10 to 40 %."
-"""Median errors by source in `benchmarks/foreign.py --only time`."""
 
 
 class Fit(NamedTuple):
@@ -75,6 +73,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "device_memory_bytes": space.cluster.memory_bytes,
         "usable_bytes": int(plan.space.usable_bytes),
         "budget_gpu_hours": budget_gpu_hours(space),
+        "budget_cost": budget_cost(space),
         "baseline": None
         if baseline is None
         else {
@@ -82,8 +81,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             "device_used_bytes": None if plan.baseline is None else plan.baseline.device_used_bytes,
         },
         "ranked_by": "memory" if plan.times is None else "tokens_per_second_per_gpu",
-        "top": [_top_document(plan, at) for at in plan.fastest(10) or plan.smallest(10)],
-        "smallest": [_top_document(plan, at) for at in plan.smallest(10)],
+        "top": _top_documents(plan, plan.fastest(10) or plan.smallest(10)),
+        "smallest": _top_documents(plan, plan.smallest(10)),
     }
 
 
@@ -137,14 +136,6 @@ def explanation_document(
     }
 
 
-def budget_gpu_hours(space: Space) -> float:
-    """GPU-hours that the study can take at most: each trial its full time, or what the file states."""
-    budget = space.file.budget
-    trials = min(budget.trials, len(space.candidates))
-    most = trials * budget.trial_seconds * max(int(gpus) for gpus in space.axes["gpus"]) / 3600
-    return round(min(most, budget.gpu_hours or most), 2)
-
-
 def _verdict(plan: Plan) -> Iterator[Text]:
     space = plan.space
     fit, out = int(plan.fits.sum()), int(plan.too_big.sum())
@@ -161,7 +152,9 @@ def _verdict(plan: Plan) -> Iterator[Text]:
         size = plan.baseline.device_used_bytes
         verdict = "fits" if size <= plan.space.usable_bytes else "does not fit"
         yield Text(f"The baseline, {space.baseline.describe()}, needs {format_bytes(size)} and {verdict}.")
-    yield Text(f"The budget costs at most {budget_gpu_hours(space):g} GPU-hours.", "dim")
+    cost = budget_cost(space)
+    price = "" if cost is None else f", which is {cost:,.2f} at {space.file.price_per_gpu_hour:g} a GPU-hour"
+    yield Text(f"The budget costs at most {budget_gpu_hours(space):g} GPU-hours{price}.", "dim")
 
 
 def _matrix(plan: Plan) -> Table:
@@ -285,39 +278,35 @@ def _refusals(space: Space) -> Iterable[Text]:
 
 def _table(plan: Plan, indexes: Sequence[int]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    peaked = plan.times is not None and not np.isnan(plan.times.peak_flops).any()
-    if plan.times is not None:
-        table.add_column("tokens/s/GPU", justify="right")
-    if peaked:
-        table.add_column("of peak", justify="right")
-    table.add_column("needs", justify="right")
+    speeds = None if plan.times is None else Speeds(plan, indexes)
+    for title in [] if speeds is None else speeds.titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("needs", justify="right", no_wrap=True)
     table.add_column("of which")
     table.add_column("config")
     for at in indexes:
         config = plan.space.candidates[at]
         memory = predict_memory(config, plan.space.model, plan.space.workload, plan.space.cluster)
-        speed = []
-        if plan.times is not None:
-            time = plan.times.at(at)
-            speed = [f"{format_rate(time.tokens_per_second_per_gpu)}"]
-            speed += [f"{time.model_flops_utilization:.0%}"] if peaked else []
         needs = [format_bytes(memory.device_used_bytes), _largest_parts(memory, 2)]
-        table.add_row(*speed, *needs, Text(config.describe()))
+        table.add_row(*([] if speeds is None else speeds.cells(at)), *needs, Text(config.describe()))
     return table
 
 
-def _top_document(plan: Plan, at: int) -> dict[str, Any]:
+def _top_documents(plan: Plan, indexes: Sequence[int]) -> list[dict[str, Any]]:
+    speeds = None if plan.times is None else Speeds(plan, indexes)
+    return [_top_document(plan, at, speeds) for at in indexes]
+
+
+def _top_document(plan: Plan, at: int, speeds: Speeds | None) -> dict[str, Any]:
     config = plan.space.candidates[at]
     memory = predict_memory(config, plan.space.model, plan.space.workload, plan.space.cluster)
-    time = None if plan.times is None else plan.times.at(at)
+    untimed: dict[str, Any] = dict.fromkeys(
+        ("tokens_per_second_per_gpu", "step_time_seconds", "model_flops_utilization")
+    )
     return {
         "config": config.to_dict(),
         **_memory_document(memory, plan.space.usable_bytes),
-        "tokens_per_second_per_gpu": None if time is None else round(time.tokens_per_second_per_gpu, 1),
-        "step_time_seconds": None if time is None else round(time.step_time_seconds, 4),
-        "model_flops_utilization": None
-        if time is None or math.isnan(time.model_flops_utilization)
-        else round(time.model_flops_utilization, 4),
+        **(untimed if speeds is None else speeds.document(at)),
     }
 
 

@@ -20,6 +20,7 @@ from autotune.report.verdict import confirmation_text, gain_text, notes, speed_t
 from autotune.results import Result
 from autotune.space.space import Space
 from autotune.spec.outcome import Failure, Measurement, Outcome
+from autotune.spec.prediction import Prediction
 from autotune.spec.record import TrialRecord
 from autotune.study import Attempt, Study
 from autotune.units import format_bytes, format_rate, format_seconds
@@ -77,7 +78,9 @@ def memory_text(outcome: Outcome) -> str:
 def trial_table(rows: Iterable[Result], study: Study) -> Table:
     """Trials, one a row, with their predicted memory if there is any; those that cannot win say why."""
     rows = list(rows)
-    predicted = any(study.prediction(row.config) is not None for row in rows)
+    predictions = [study.prediction(row.config) for row in rows]
+    predicted = any(prediction is not None for prediction in predictions)
+    timed = any(prediction is not None and _expected_speed(prediction) for prediction in predictions)
     best, baseline, outside = study.best(), study.space.baseline, study.outside
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("#", justify="right")
@@ -85,8 +88,10 @@ def trial_table(rows: Iterable[Result], study: Study) -> Table:
     table.add_column("peak memory")
     if predicted:
         table.add_column("predicted", justify="right")
+    if timed:
+        table.add_column("predicted speed", justify="right")
     table.add_column("config")
-    for number, config, outcome in rows:
+    for (number, config, outcome), prediction in zip(rows, predictions, strict=True):
         mark = " (best)" if best is not None and best.trial == number else ""
         mark += " (baseline)" if config == baseline else ""
         if config in outside:
@@ -95,10 +100,19 @@ def trial_table(rows: Iterable[Result], study: Study) -> Table:
             mark += " (too little headroom)"
         cells: list[RenderableType] = [str(number), outcome_text(outcome), memory_text(outcome)]
         if predicted:
-            prediction = study.prediction(config)
             cells.append(format_bytes(prediction.device_used_bytes) if prediction is not None else "")
+        if timed:
+            speed = None if prediction is None else _expected_speed(prediction)
+            cells.append("" if speed is None else format_rate(speed))
         table.add_row(*cells, Text(config.describe() + mark))
     return table
+
+
+def _expected_speed(prediction: Prediction) -> float | None:
+    """Tokens per second and GPU that were expected at launch; None where speed is not predicted."""
+    if prediction.tokens_per_second_per_gpu is None or prediction.proposal is None:
+        return prediction.tokens_per_second_per_gpu
+    return prediction.proposal["throughput"]
 
 
 def why_text(trial: TrialRecord) -> str:
@@ -125,7 +139,7 @@ def why_text(trial: TrialRecord) -> str:
 
 
 def ledger_text(study: Study) -> str:
-    """How well memory was predicted, in a few words; empty where nothing was predicted and measured."""
+    """How well memory and speed were predicted, in a few words; empty where nothing was predicted and measured."""
     ledger = study.ledger
     if not ledger.errors:
         return ""
@@ -135,6 +149,9 @@ def ledger_text(study: Study) -> str:
     if ledger.surprises:
         trials = ", ".join(f"#{number}" for number in ledger.surprises)
         words += f"; predicted to fit, and did not: {trials}"
+    if ledger.speed_errors:
+        words += f"; speed off by {ledger.median_speed_error:.0%} as first predicted"
+        words += f", by {ledger.median_launch_error:.0%} as expected at launch" if ledger.launch_errors else ""
     return words
 
 

@@ -183,6 +183,8 @@ class SpaceFile(_Strict):
     workload: WorkloadFile
     objective: ObjectiveFile = ObjectiveFile()
     memory_headroom: Annotated[Real, Field(ge=0, lt=1)] = 0.06
+    price_per_gpu_hour: Annotated[Real, Field(gt=0)] | None = None
+    """In any currency; reports then say what the study and its tokens cost."""
     search: SearchFile
     baseline: BaselineFile | None = None
     budget: BudgetFile

@@ -35,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def space(tmp_path: Path) -> Path:
     path = tmp_path / "space.yaml"
-    path.write_text(space_text(search=SEARCH, baseline=BASELINE, cluster=a_cluster("20MiB")))
+    path.write_text(space_text(search=SEARCH, baseline=BASELINE, cluster=a_cluster("20MiB"), price_per_gpu_hour=2.5))
     return path
 
 
@@ -60,7 +60,14 @@ def test_a_plan_as_json(space: Path) -> None:
     assert sizes == sorted(sizes)
     speeds = [entry["tokens_per_second_per_gpu"] for entry in document["top"]]
     assert speeds == sorted(speeds, reverse=True)
-    assert document["top"][0]["model_flops_utilization"] is None
+    for entry in document["top"]:
+        low, high = entry["tokens_per_second_per_gpu_80%"]
+        assert low < entry["tokens_per_second_per_gpu"] < high
+        assert entry["model_flops_utilization"] is None
+        assert entry["cost_per_million_tokens"] == pytest.approx(
+            2.5 / 3600 / entry["tokens_per_second_per_gpu"] * 1e6, rel=1e-3
+        )
+    assert document["budget_cost"] == pytest.approx(2.5 * document["budget_gpu_hours"], abs=0.01)
     for entry in document["top"]:
         assert sum(entry["breakdown"].values()) == entry["device_used_bytes"] <= document["usable_bytes"]
 
@@ -72,6 +79,8 @@ def test_a_plan_in_words(space: Path) -> None:
     assert "The baseline, pytorch zero-3 bf16 mb 4 ckpt full, needs" in shown
     assert "zero_stage 1 does not exist on engine pytorch" in shown
     assert "optimizer states" in shown
+    assert "at 2.5 a GPU-hour" in shown
+    assert "80% of the trials should come out within these ranges" in " ".join(shown.split())
 
 
 def test_one_config_explained(space: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from autotune.predict.plan import Plan
 from autotune.report.terminal import why_text
-from autotune.search.plan_sampler import PlanSampler, candidates_of, features_of, observation
+from autotune.search.columns import candidates_of, features_of
+from autotune.search.plan_sampler import PlanSampler, observation
 from autotune.search.tune_search import TuneSearch
 from autotune.space.space import Space
 from autotune.spec.outcome import FailureKind, Measurement
