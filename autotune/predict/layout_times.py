@@ -35,11 +35,9 @@ from autotune.predict.network import Counts, Group, group, network
 from autotune.predict.roofline import (
     MEGATRON_KERNELS,
     NANOTRON_KERNELS,
-    NOMINAL,
     KernelProfile,
     LayerWork,
     Parts,
-    Scales,
     TimePart,
     flops_per_token,
     total,
@@ -156,7 +154,6 @@ def predict_layouts(
     cluster: ClusterSpec,
     *,
     by_cost: bool,
-    scales: Scales = NOMINAL,
 ) -> StepTimes:
     """Step times of layouts of one model.
 
@@ -166,7 +163,6 @@ def predict_layouts(
         profile: of the trainer.
         cluster: its GPUs, and how many share a node.
         by_cost: how layers are dealt to stages (`layouts.TrainerProfile`).
-        scales: what is known from measurements.
 
     Raises:
         UnknownHardwareError: the GPU's kernels or network are not known.
@@ -176,7 +172,7 @@ def predict_layouts(
     for stages in np.unique(layouts.stages):
         chosen = layouts.stages == stages
         blocks = stage_blocks(shape, int(stages), by_cost)
-        for part, seconds in _Pipeline(shape, layouts[chosen], profile, cluster, blocks, scales).parts().items():
+        for part, seconds in _Pipeline(shape, layouts[chosen], profile, cluster, blocks).parts().items():
             parts[part][chosen] = seconds
     tokens = layouts.micro_batch * layouts.length * layouts.accumulation / (layouts.tensor * layouts.stages)
     peak = np.full(count, peak_flops(cluster.gpu, "bf16"))
@@ -193,17 +189,14 @@ class _Pipeline:
         profile: StepProfile,
         cluster: ClusterSpec,
         blocks: tuple[tuple[int, bool, bool], ...],
-        scales: Scales,
     ) -> None:
         tokens = (layouts.micro_batch * layouts.length).astype(float)
         self._shape, self._layouts, self._profile, self._blocks = shape, layouts, profile, blocks
-        self._net, self._node, self._scales = network(cluster.gpu, scales.network), cluster.gpus_per_node, scales
+        self._net, self._node = network(cluster.gpu), cluster.gpus_per_node
         self._launch_seconds = kernel_rates(cluster.gpu).launch_seconds
         self._tensor = layouts.tensor.astype(float)
         length = layouts.length.astype(float)
-        self._work = LayerWork(
-            shape, cluster.gpu, profile.kernels, "bf16", tokens, length, self._tensor, scales.compute
-        )
+        self._work = LayerWork(shape, cluster.gpu, profile.kernels, "bf16", tokens, length, self._tensor)
         self._sequence_bytes = 2 * tokens * shape.hidden_size
         self._tensor_group = group(layouts.tensor, np.ones_like(layouts.tensor), self._node)
         self._forward, self._backward = self._work.layer(backward=False), self._work.layer(backward=True)
@@ -282,7 +275,7 @@ class _Pipeline:
         )
         behind = behind + self._layouts.checkpointed * ahead
         outside = (3 * ends + embeds) * collective  # the loss and the head, or the embedding, in each pass
-        return self._scales.launch * (ahead + outside), self._scales.launch * (behind + outside)
+        return ahead + outside, behind + outside
 
     def _transfer(self) -> Values:
         if len(self._blocks) == 1:

@@ -66,25 +66,23 @@ class Network:
     """L, bytes a second."""
     card: float
     """N, bytes a second."""
-    scale: float = 1.0
-    """Seconds are multiplied by it: what measurements of this cluster say."""
 
     def all_gather(self, ranks: Group, size: Values) -> Values:
         """Seconds until each rank has all `size` bytes; a reduce-scatter of as many takes as long."""
         steps = (ranks.size - ranks.nodes) * _NODE_STEP + (ranks.nodes - 1) * _CARD_STEP
-        return np.where(ranks.size > 1, self.scale * (_NODE_START + steps + self._transfer(ranks, size)), 0.0)
+        return np.where(ranks.size > 1, _NODE_START + steps + self._transfer(ranks, size), 0.0)
 
     def all_reduce(self, ranks: Group, size: Values) -> Values:
         """Seconds until each rank has the sum of all ranks' `size` bytes."""
         near = _NODE_START + 2 * (ranks.size - 1) * _NODE_STEP
         far = _TREE_START + np.log2(ranks.nodes) * _TREE_LEVEL
         seconds = np.where(ranks.nodes > 1, far, near) + 2 * self._transfer(ranks, size)
-        return np.where(ranks.size > 1, self.scale * seconds, 0.0)
+        return np.where(ranks.size > 1, seconds, 0.0)
 
     def send(self, size: Values, *, far: NDArray[np.bool_]) -> Values:
         """Seconds for `size` bytes from one GPU to another, of another node where `far`."""
         near = _NODE_START + size / (_LINK_SHARE * self.link)
-        return self.scale * np.where(far, _CARD_STEP + size / (_SEND_SHARE * self.card), near)
+        return np.where(far, _CARD_STEP + size / (_SEND_SHARE * self.card), near)
 
     def _transfer(self, ranks: Group, size: Values) -> Values:
         inside = (ranks.size - 1) / ranks.size * size / (_LINK_SHARE * self.link)
@@ -93,7 +91,7 @@ class Network:
         return np.maximum(inside, between * size / _CARD_SHARE) + ramp
 
 
-def network(gpu: GpuSpec, scale: float = 1.0) -> Network:
+def network(gpu: GpuSpec) -> Network:
     """The network that the table of GPUs describes.
 
     Raises:
@@ -102,7 +100,7 @@ def network(gpu: GpuSpec, scale: float = 1.0) -> Network:
     link, card = gpu.intra_node_bandwidth_bytes_per_second, gpu.inter_node_bandwidth_bytes_per_second
     if link is None or card is None:
         raise UnknownHardwareError(f"GPU {gpu.name}: its network is not known; use another GPU of the table")
-    return Network(link, card, scale)
+    return Network(link, card)
 
 
 _PCIE_GEN4 = ("A100-40GB", "A100-80GB", "L40S-48GB", "RTX-4090-24GB")

@@ -69,21 +69,6 @@ def total(parts: Parts) -> Values:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scales:
-    """What measurements of a cluster multiply predicted seconds by; nominal until something was measured."""
-
-    compute: float = 1.0
-    """Of kernels."""
-    network: float = 1.0
-    """Of collectives and messages."""
-    launch: float = 1.0
-    """Of what the processor needs to issue work."""
-
-
-NOMINAL = Scales()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelProfile:
     """How a library runs a decoder: bytes with 2 a value, counted over its kernels, and what its processor issues."""
 
@@ -155,8 +140,6 @@ class LayerWork:
     """s."""
     tensor: Values
     """t."""
-    scale: float = 1.0
-    """Seconds are multiplied by it."""
 
     def layer(self, *, backward: bool) -> Parts:
         """One pass of one layer, without communication."""
@@ -168,8 +151,8 @@ class LayerWork:
             count * sum(self._passes(out, inner, backward=backward)) for out, inner, count in self.projections()
         )
         return {
-            TimePart.MATMUL: self.scale * np.asarray(products, float),
-            TimePart.ATTENTION: self.scale * self._attention(backward=backward),
+            TimePart.MATMUL: np.asarray(products, float),
+            TimePart.ATTENTION: self._attention(backward=backward),
             TimePart.ELEMENTWISE: self.memory(moved * self.tokens / self.tensor) + self._gaps(backward=backward),
         }
 
@@ -177,11 +160,11 @@ class LayerWork:
         """One pass of the lm head and half of the loss's bytes."""
         products = sum(self._passes(self._split(self.shape.vocab_size), self._whole, backward=backward))
         logits = self.tokens * self.shape.vocab_size / self.tensor
-        return self.scale * products + self.memory(self._value_scale * self.kernels.logit_bytes / 2 * logits)
+        return products + self.memory(self._value_scale * self.kernels.logit_bytes / 2 * logits)
 
     def memory(self, size: Values | float) -> Values:
         """Seconds to move bytes of device memory."""
-        return self.scale * memory_seconds(self.gpu, size)
+        return memory_seconds(self.gpu, size)
 
     def embedding_gradient(self) -> Values:
         """A zeroed matrix of the embedding's size, added to."""
@@ -206,7 +189,7 @@ class LayerWork:
         """Seconds of the gradients of input and weight, for each fused projection that is split by its outputs."""
         for out, inner, _ in list(self.projections())[:2]:
             of_input, of_weight = self._passes(out, inner, backward=True)
-            yield self.scale * of_input, self.scale * of_weight
+            yield of_input, of_weight
 
     @property
     def _value_scale(self) -> float:
@@ -227,7 +210,7 @@ class LayerWork:
 
     def _gaps(self, *, backward: bool) -> float:
         """Seconds between the kernels of one pass."""
-        return self.scale * self.kernels.started[backward] * kernel_rates(self.gpu).launch_seconds
+        return self.kernels.started[backward] * kernel_rates(self.gpu).launch_seconds
 
     def _attention(self, *, backward: bool) -> Values:
         shape, square = self.shape, self.tokens * self.length / self.tensor

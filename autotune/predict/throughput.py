@@ -29,12 +29,10 @@ from autotune.predict.kernels import Values, peak_flops
 from autotune.predict.network import Counts, group, host_link, network
 from autotune.predict.roofline import (
     EAGER_SCORE_BYTES,
-    NOMINAL,
     TRANSFORMERS_KERNELS,
     KernelProfile,
     LayerWork,
     Parts,
-    Scales,
     TimePart,
     flops_per_token,
     total,
@@ -154,7 +152,6 @@ def predict_trials(
     trials: Trials,
     cluster: ClusterSpec,
     kernels: KernelProfile = TRANSFORMERS_KERNELS,
-    scales: Scales = NOMINAL,
 ) -> StepTimes:
     """Step times of trials of one model.
 
@@ -163,7 +160,6 @@ def predict_trials(
         trials: N of them, legal ones.
         cluster: its GPUs, and how many share a node.
         kernels: of the library that runs the layers.
-        scales: what is known from measurements.
 
     Raises:
         UnknownHardwareError: the GPU's kernels or network are not known, or it lacks a precision.
@@ -175,7 +171,7 @@ def predict_trials(
     for engine, precision, attention in np.unique(kinds, axis=0).tolist():
         chosen = (kinds == (engine, precision, attention)).all(axis=1)
         profile = replace(kernels, score_bytes=EAGER_SCORE_BYTES) if attention == "eager" else kernels
-        found = _Sharded(shape, trials[chosen], cluster, profile, engine, precision, scales).parts()
+        found = _Sharded(shape, trials[chosen], cluster, profile, engine, precision).parts()
         for part, seconds in found.items():
             parts[part][chosen] = seconds
         peak[chosen] = peak_flops(cluster.gpu, precision)
@@ -194,15 +190,14 @@ class _Sharded:
         kernels: KernelProfile,
         engine: str,
         precision: str,
-        scales: Scales,
     ) -> None:
         tokens, ones = (trials.micro_batch * trials.length).astype(float), np.ones(len(trials.gpus))
         self._shape, self._trials, self._kernels = shape, trials, kernels
-        self._net, self._node, self._scales = network(cluster.gpu, scales.network), cluster.gpus_per_node, scales
+        self._net, self._node = network(cluster.gpu), cluster.gpus_per_node
         self._gpu, self._deepspeed, self._value = cluster.gpu, engine == "deepspeed", 4 if precision == "fp32" else 2
         self._mixed = precision != "fp32"
         length = trials.length.astype(float)
-        self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, ones, scales.compute)
+        self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, ones)
         self._ranks = group(trials.gpus, np.ones_like(trials.gpus), cluster.gpus_per_node)
         self._forward, self._backward = self._work.layer(backward=False), self._work.layer(backward=True)
         self._layers, self._parameters = len(shape.layers), float(shape.num_parameters)
@@ -246,7 +241,7 @@ class _Sharded:
         """Seconds that the processor needs to issue one micro-batch."""
         hooks = 2 * ZERO_3_OPERATORS * OPERATOR_SECONDS * (self._trials.zero_stage == 3) * self._deepspeed
         layer = ISSUE_SECONDS[0] * (1 + self._trials.recomputed) + ISSUE_SECONDS[1] + hooks
-        return np.asarray(self._scales.launch * self._layers * layer)
+        return np.asarray(self._layers * layer)
 
     def _reduction(self, backward_layer: Values) -> Values:
         """Gradients summed over the ranks, beside layers of `backward_layer` seconds.

@@ -25,19 +25,21 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erfcx, log_ndtr, ndtr, ndtri
 
-from autotune.predict.calibration import PRIOR_DEVIATIONS
 from autotune.predict.roofline import TimePart
 from autotune.search.posterior import LENGTH, Evidence, Floats, Indices, Model, Posterior, Values, axis_columns
 
 # Widths of the prior. All are judgement, none is a fit; but the form of the model, and one floor, were changed after
 # looking at replays of measured sweeps (benchmarks/README.md).
+PRIOR_DEVIATIONS = (0.2, 0.3, 0.3)
+"""Of the logarithms of compute, network and launch: kernels vary with clocks and versions, networks with topology and
+neighbours, processors with their speed and the library's Python."""
 BIAS_DEVIATION = 0.3
-"""Of the logarithm of all throughputs together: `predict.calibration` has 0.2 to 0.3 for a nominal constant."""
+"""Of the logarithm of all throughputs together."""
 AXIS_DEVIATION = 0.1
-"""Of what one axis does beyond the prediction: what formulas leave out (`predict.calibration.ERROR_DEVIATION`)."""
+"""Of what one axis does beyond the prediction: what formulas leave out."""
 PART_DEVIATION = 0.3
 """Of the logarithm of what one part of a step takes, by its own formula; what parts have in common, a slow network or
-processor, is as uncertain as `predict.calibration` has it."""
+processor, is as uncertain as `PRIOR_DEVIATIONS` has it."""
 LOCAL_DEVIATION = 0.1
 """Of what a combination does: the same."""
 NOISE_DEVIATION = 0.05

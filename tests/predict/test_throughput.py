@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotune.errors import UnknownHardwareError
-from autotune.predict.calibration import fit_scales
 from autotune.predict.cases import answer
 from autotune.predict.kernels import matmul_seconds, memory_seconds
 from autotune.predict.layout_times import STEP_PROFILES, Layouts, predict_layouts
 from autotune.predict.layouts import Layout
 from autotune.predict.network import group, network
-from autotune.predict.roofline import Scales, TimePart, flops_per_token
+from autotune.predict.roofline import TimePart, flops_per_token
 from autotune.predict.shape import DecoderShape, read_shape
 from autotune.predict.step import StepTimes, TimePrediction
 from autotune.predict.throughput import Trials, predict_trials
@@ -53,12 +52,10 @@ WORK = Workload(global_batch_size=64)
 sizes = st.sampled_from([1, 2, 4, 8])
 
 
-def times(
-    *layouts: Layout, profile: str = "nanotron", shape: DecoderShape = SHAPE, scales: Scales | None = None
-) -> StepTimes:
+def times(*layouts: Layout, profile: str = "nanotron", shape: DecoderShape = SHAPE) -> StepTimes:
     step = STEP_PROFILES[profile]
     columns = Layouts.of(layouts)
-    return predict_layouts(shape, columns, step, CLUSTER, by_cost=profile != "megatron", scales=scales or Scales())
+    return predict_layouts(shape, columns, step, CLUSTER, by_cost=profile != "megatron")
 
 
 def of(layout: Layout, profile: str = "nanotron") -> TimePrediction:
@@ -261,34 +258,6 @@ class TestHardware:
     def test_a_group_fills_one_node_after_the_other(self) -> None:
         ranks = group(np.array([8, 8, 8, 16, 4]), np.array([1, 2, 8, 1, 16]), 8)
         assert ranks.nodes.tolist() == [1, 2, 8, 2, 4]
-
-
-class TestCalibration:
-    @pytest.fixture
-    def several(self) -> list[Layout]:
-        return [
-            PLAIN,
-            replace(PLAIN, tensor_parallel_size=8, data_parallel_size=1),
-            replace(PLAIN, tensor_parallel_size=16, data_parallel_size=1),
-            replace(PLAIN, tensor_parallel_size=4, data_parallel_size=2, sequence_length=128),
-            replace(PLAIN, data_parallel_size=64, zero_stage=1, gradient_accumulation_steps=1),
-        ]
-
-    def test_five_measurements_find_scales_that_explain_them(self, several: list[Layout]) -> None:
-        truth = Scales(compute=1.3, network=1.5, launch=1.4)
-
-        def predict(scales: Scales) -> np.ndarray[Any, np.dtype[np.float64]]:
-            return times(*several, scales=scales).step_seconds
-
-        found = predict(fit_scales(predict, predict(truth)))
-        assert found == pytest.approx(predict(truth), rel=0.06)
-
-    def test_measurements_as_predicted_change_nothing(self, several: list[Layout]) -> None:
-        def predict(scales: Scales) -> np.ndarray[Any, np.dtype[np.float64]]:
-            return times(*several, scales=scales).step_seconds
-
-        scales = fit_scales(predict, predict(Scales()))
-        assert (scales.compute, scales.network, scales.launch) == pytest.approx((1, 1, 1), abs=1e-3)
 
 
 class TestCases:
