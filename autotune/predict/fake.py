@@ -21,9 +21,13 @@ import torch.distributed as dist
 import transformers.masking_utils
 from torch._C._distributed_c10d import _register_comm_hook
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, _BypassDispatchCache, _DispatchCacheKey
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import schedules
+from torch.distributed.tensor._redistribute import _gen_transform_infos
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import autotune.modeling.build
 from autotune.engines.engine import Engine, build_engine
@@ -48,9 +52,10 @@ class FakeTrial:
             plan: True for each micro-step that ends in an update.
             on_phase: told of each phase when it begins.
         """
-        config = self.request.config
+        config, workload = self.request.config, self.request.workload
+        at_once = workload.gradient_accumulation_steps(config) // workload.micro_steps(config)
         for boundary in plan:
-            input_ids = torch.empty(config.micro_batch_size, config.sequence_length, dtype=torch.int64)
+            input_ids = torch.empty(at_once * config.micro_batch_size, config.sequence_length, dtype=torch.int64)
             on_phase(Phase.FORWARD)
             loss = self.engine.forward(input_ids, boundary=boundary)
             on_phase(Phase.BACKWARD)
@@ -174,6 +179,10 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
     # to be traced, and then makes a mask that no training step has.
     yield transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None
     if request.config.engine == "pytorch":
+        # Tables of ranks are read, so they are real: those that FSDP2 makes of two meshes as well.
+        yield DeviceMesh, "__init__", _on_real_tensors(DeviceMesh.__init__)
+        # What is sent lives as long as a schedule keeps what it waited for, which gloo's requests hold on to.
+        yield schedules, "_batch_p2p", _holding(schedules._batch_p2p)
         # Compares shapes over the ranks, in C++ and by address.
         yield ddp, "_verify_param_shape_across_processes", lambda *args, **kwargs: None
         yield ddp.DistributedDataParallel, "_ddp_init_helper", _with_fake_reducer(ddp.DistributedDataParallel)
@@ -193,6 +202,32 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         yield torch.nn.functional, "linear", torch.nn.functional.linear
         # The host's processor decides nothing here.
         yield type(get_accelerator()), "is_fp16_supported", lambda self: True
+
+
+def _on_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return called
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A request that is done, with its tensors."""
+
+    tensors: list[torch.Tensor]
+
+    def wait(self) -> None:
+        pass
+
+
+def _holding(batch: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def called(operations: list[Any], desc: str | None = None) -> list[Any]:
+        works = batch(operations, desc)
+        return [*works, _Held([operation.tensor for operation in operations])] if operations else works
+
+    return called
 
 
 def _with_fake_reducer(cls: Any) -> Callable[..., None]:
@@ -248,6 +283,9 @@ def _environment_restored() -> Iterator[None]:
 
 
 def _leave_group(request: TrialRequest) -> None:
+    # What DTensor remembers of operators names process groups, and a mesh of the next trial is equal to one of this.
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    _gen_transform_infos.cache_clear()
     if request.config.engine == "deepspeed":
         import deepspeed.comm
 

@@ -60,9 +60,9 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
         ValueError: the global batch does not divide.
         UsageError: the engine refuses the config.
     """
-    accumulates = workload.gradient_accumulation_steps(config) > 1
+    steps = workload.gradient_accumulation_steps(config)
     batch, length = np.array([config.micro_batch_size]), np.array([config.sequence_length])
-    streams = rank_streams(model, config, accumulates=accumulates)
+    streams = rank_streams(model, config, accumulates=steps > 1, batches=steps)
     fullest = max(streams, key=lambda stream: float(stream.peak_bytes(batch, length, cluster.device)[0]))
     parts = fullest.breakdown(config.micro_batch_size, config.sequence_length, cluster.device)
     if cluster.device == "cpu":
@@ -91,17 +91,29 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
     )
 
 
-def rank_streams(model: ModelSpec, config: TrialConfig, *, accumulates: bool) -> list[Stream | SitedStream]:
+def rank_streams(
+    model: ModelSpec, config: TrialConfig, *, accumulates: bool, batches: int = 0
+) -> list[Stream | SitedStream]:
     """The streams of the ranks that may be the fullest, one for each of `structures`."""
-    return [stream(structure) for structure in structures(model, config, accumulates=accumulates)]
+    return [stream(structure) for structure in structures(model, config, accumulates=accumulates, batches=batches)]
 
 
-def structures(model: ModelSpec, config: TrialConfig, *, accumulates: bool) -> tuple[str, ...]:
-    """What has to be traced for a config: the first rank's structure, and the last's where partitions are uneven.
+def structures(model: ModelSpec, config: TrialConfig, *, accumulates: bool, batches: int = 0) -> tuple[str, ...]:
+    """What has to be traced for a config: the first rank's structure, the last's where partitions are uneven, that of
+    a rank of each stage of a pipeline.
 
     Configs with equal structures differ only in batch and length. Of a length it counts whether a sliding window is
     shorter.
+
+    Args:
+        model: the architecture.
+        config: what runs.
+        accumulates: an optimizer step has more than one micro-batch.
+        batches: how many; they count where they go through a pipeline.
     """
+    if config.pipeline_parallel_size > 1:
+        of_a_stage = config.gpus // config.pipeline_parallel_size
+        return tuple(_structure(model, config, True, rank, batches) for rank in range(0, config.gpus, of_a_stage))
     uneven = config.engine == "deepspeed" and config.zero_stage in (1, 2)
     ranks = {0, config.gpus - 1} if uneven else {0}
     return tuple(_structure(model, config, accumulates, rank) for rank in sorted(ranks))
@@ -126,7 +138,7 @@ def context_bytes(config: TrialConfig, cluster: ClusterSpec) -> int:
     return size + (device.communicator_bytes(gpu, ranks_on_node) if config.gpus > 1 else 0)
 
 
-def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: int) -> str:
+def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: int, batches: int = 0) -> str:
     """Everything that the traced step depends on, as JSON."""
     fields = config.to_dict()
     del fields["sequence_length"]
@@ -144,6 +156,7 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
             "accumulates": accumulates,
             "rank": rank,
             "versions": _versions(),
+            **({"batches": batches} if batches else {}),
         },
         sort_keys=True,
     )
@@ -193,7 +206,9 @@ def stream(structure: str) -> Stream | SitedStream:
     fields: dict[str, Any] = json.loads(structure)
     config = TrialConfig.from_dict({**fields["config"], "sequence_length": 1})
     model = ModelSpec(**fields["model"])
-    traced = trace_stream(model, config, accumulates=fields["accumulates"], rank=fields["rank"])
+    traced = trace_stream(
+        model, config, accumulates=fields["accumulates"], rank=fields["rank"], batches=fields.get("batches", 0)
+    )
     _keep(file, traced)
     return traced
 
@@ -220,6 +235,6 @@ def _arrays(stream: Stream | SitedStream) -> Iterable[tuple[str, Any]]:
 
 def _from_arrays(stored: Any) -> Stream | SitedStream:
     if "live" in stored:
-        return Stream(stored["live"], stored["fragmentation"])
+        return Stream(stored["live"], stored["fragmentation"], int(stored["pieces"]))
     arrays: dict[str, Any] = {name: stored[name] for name in SitedStream.__dataclass_fields__}
-    return SitedStream(**{**arrays, "steps": float(arrays["steps"])})
+    return SitedStream(**{**arrays, "steps": float(arrays["steps"]), "pieces": int(arrays["pieces"])})

@@ -234,7 +234,7 @@ class _Cells:
         columns = space.columns
         self._batch = np.array(space.axes["micro_batch_size"], np.int64)[columns["micro_batch_size"]]
         kinds = columns.kinds(axis for axis in _main_axes(space) if axis != "micro_batch_size")
-        code = 2 * kinds + self._accumulates()
+        code = (self._batches().max() + 1) * kinds + self._batches()
         # The first candidate of a cell has the first value of every key.
         _, firsts, self.of = np.unique(code, return_index=True, return_inverse=True)
         self.examples: list[TrialConfig] = [space.candidates[int(at)] for at in firsts]
@@ -256,15 +256,18 @@ class _Cells:
             peaks[those] = _peak_bytes(self._space, example, names, batches)[which]
         return peaks, unpredicted
 
-    def _accumulates(self) -> NDArray[np.bool_]:
-        """(candidates,): whether an optimizer step has several micro-batches."""
+    def _batches(self) -> NDArray[np.int64]:
+        """(candidates,): micro-batches of an optimizer step; without a pipeline two stand for all numbers above."""
         space, columns = self._space, self._space.columns
-        degrees = ("tensor_parallel_size", "sequence_parallel_size", "pipeline_parallel_size")
-        ranks = np.array(space.axes["gpus"], np.int64)[columns["gpus"]]
-        for axis in degrees:
-            ranks //= np.array(space.axes[axis], np.int64)[columns[axis]]
-        found: NDArray[np.bool_] = space.workload.global_batch_size // (self._batch * ranks) > 1
-        return found
+
+        def values(axis: str) -> NDArray[np.int64]:
+            found: NDArray[np.int64] = np.array(space.axes[axis], np.int64)[columns[axis]]
+            return found
+
+        pipeline = values("pipeline_parallel_size")
+        ranks = values("gpus") // (values("tensor_parallel_size") * values("sequence_parallel_size") * pipeline)
+        steps = space.workload.global_batch_size // (self._batch * ranks)
+        return np.where(pipeline > 1, steps, np.minimum(steps, 2))
 
 
 class _KeyEffects:

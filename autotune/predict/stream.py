@@ -14,7 +14,7 @@ through a second trace, of another batch, length and depth, and those of the lay
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,7 @@ class Trace:
     layers: int
     micro_batch_size: int
     sequence_length: int
+    """Of a piece, see `Stream.pieces`."""
     standing: dict[Part, int]
     """Bytes that live before the first micro-step: parameters, and what the engine allocates when it is built."""
     segments: dict[Key, tuple[Change, ...]]
@@ -76,6 +77,9 @@ class Trace:
     last one `update`."""
     standing_blocks: tuple[Standing, ...] = ()
     """What `standing` consists of, in the order of allocation."""
+    messages: float = 1.0
+    """How many times as large as traced the standing activations are: a pipeline keeps buffers for what each of its
+    micro-batches receives, and fewer micro-batches may have been traced than there are."""
 
 
 QUANTITIES = 4
@@ -88,7 +92,7 @@ REPLAYED_TOKENS = (1024, 4096, 16384)
 """Micro-batches for which fragmentation is known (`reserved.py`)."""
 
 
-def quantities(micro_batch_size: NDArray[np.int64], sequence_length: NDArray[np.int64]) -> NDArray[np.float64]:
+def quantities(micro_batch_size: NDArray[Any], sequence_length: NDArray[Any]) -> NDArray[np.float64]:
     """The quantities (points, QUANTITIES) at points given as two arrays of equal length."""
     batch, length = micro_batch_size.astype(np.float64), sequence_length.astype(np.float64)
     return np.stack([np.ones_like(length), length, batch * length, batch * length**2], axis=1)
@@ -118,6 +122,9 @@ class Stream:
     """(changes, parts, QUANTITIES): bytes of each part."""
     fragmentation: NDArray[np.float64] = field(default_factory=_none)
     """(points,): bytes reserved beyond the peak, with each of `REPLAYED_TOKENS`."""
+    pieces: int = 1
+    """Into how many a sequence is cut by ranks and by the loss. Lengths are of one piece: a tensor of a piece would be
+    no multiple of a whole length."""
 
     @classmethod
     def of(cls, trace: Trace) -> "Stream":
@@ -128,13 +135,13 @@ class Stream:
         self, micro_batch_size: NDArray[np.int64], sequence_length: NDArray[np.int64], device: Device
     ) -> NDArray[np.float64]:
         """Highest live bytes of the device (points,)."""
-        values = quantities(micro_batch_size, sequence_length)
+        values = quantities(micro_batch_size, sequence_length / self.pieces)
         peaks: NDArray[np.float64] = (values @ (self.live * _counted(device)).sum(axis=1).T).max(axis=1)
         return peaks
 
     def breakdown(self, micro_batch_size: int, sequence_length: int, device: Device) -> dict[Part, int]:
         """Bytes of each part at the device's peak, of the host besides; parts without any are left out."""
-        values = quantities(np.array([micro_batch_size]), np.array([sequence_length]))[0]
+        values = quantities(np.array([micro_batch_size]), np.array([sequence_length / self.pieces]))[0]
         parts = self.live @ values
         return _named(parts[(parts @ _counted(device)[:, 0]).argmax()])
 
@@ -157,6 +164,8 @@ class SitedStream:
     """The model's depth beyond the shallow trace, in units of the difference between the two traces."""
     fragmentation: NDArray[np.float64] = field(default_factory=_none)
     """(points,): as a `Stream`'s, but that of the deeper trace."""
+    pieces: int = 1
+    """As a `Stream`'s."""
 
     @classmethod
     def between(cls, shallow: Trace, deep: Trace, layers: int, update_share: float = 1.0) -> "SitedStream":
@@ -175,7 +184,7 @@ class SitedStream:
         self, micro_batch_size: NDArray[np.int64], sequence_length: NDArray[np.int64], device: Device
     ) -> NDArray[np.float64]:
         """Highest live bytes of the device (points,)."""
-        values, counted = quantities(micro_batch_size, sequence_length), _counted(device)
+        values, counted = quantities(micro_batch_size, sequence_length / self.pieces), _counted(device)
         low = np.maximum.reduceat(values @ (self.shallow * counted).sum(axis=1).T, self.shallow_starts, axis=1)
         high = np.maximum.reduceat(values @ (self.deep * counted).sum(axis=1).T, self.deep_starts, axis=1)
         peaks: NDArray[np.float64] = (low + self.steps * (high - low)).max(axis=1)
@@ -183,7 +192,7 @@ class SitedStream:
 
     def breakdown(self, micro_batch_size: int, sequence_length: int, device: Device) -> dict[Part, int]:
         """Bytes of each part at the device's peak, of the host besides; parts without any are left out."""
-        values = quantities(np.array([micro_batch_size]), np.array([sequence_length]))[0]
+        values = quantities(np.array([micro_batch_size]), np.array([sequence_length / self.pieces]))[0]
         counted = _counted(device)[:, 0]
         low = _highest_rows(self.shallow @ values, self.shallow_starts, counted)
         high = _highest_rows(self.deep @ values, self.deep_starts, counted)
@@ -201,7 +210,7 @@ def fragmentation_bytes(
 
     A line between the points of the stream. Beyond the last one it grows like what depends on tokens.
     """
-    tokens = (micro_batch_size * sequence_length).astype(np.float64)
+    tokens = micro_batch_size * sequence_length / stream.pieces
     if device == "cpu":
         return np.zeros_like(tokens)
     beyond = np.maximum(tokens / REPLAYED_TOKENS[-1], 1.0)
@@ -238,6 +247,11 @@ def _live(trace: Trace, update_share: float = 1.0) -> dict[Key, NDArray[np.float
     """(changes, parts, QUANTITIES) of each segment: bytes of each part after each change."""
     live = np.zeros((len(PARTS), QUANTITIES))
     live[:, 0] = _by_part(trace.standing)
+    at = PARTS.index(Part.ACTIVATIONS)
+    for block in trace.standing_blocks:
+        if block.part is Part.ACTIVATIONS:
+            live[at, 0] -= block.bytes
+            live[at] += trace.messages * np.array(line(block.bytes, trace))
     found: dict[Key, NDArray[np.float64]] = {}
     for key, changes in trace.segments.items():
         steps = live + _in_portions(key, _per_part(_template(changes, trace), 0), update_share)

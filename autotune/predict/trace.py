@@ -11,8 +11,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from autotune.errors import UsageError
 from autotune.modeling.build import layer_kinds
+from autotune.modeling.stage import LOSS_CHUNKS
 from autotune.predict.fake import fake_trial
 from autotune.predict.record import Recorder
 from autotune.predict.reserved import Event, deep_step_of, fragmentation, step_of
@@ -50,20 +50,28 @@ UNCUT = 10**15
 _SUB_GROUP_SIZE = "zero_optimization.sub_group_size"
 
 
-def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, rank: int = 0) -> Stream | SitedStream:
+def trace_stream(
+    model: ModelSpec, config: TrialConfig, *, accumulates: bool, rank: int = 0, batches: int = 0
+) -> Stream | SitedStream:
     """Trace what `config` does with `model`, whatever its micro-batch size and sequence length.
 
     Args:
         model: the architecture.
         config: its micro-batch size and sequence length play no part.
-        accumulates: an optimizer step has more than one micro-step.
+        accumulates: an optimizer step has more than one micro-batch.
         rank: whose step it is.
+        batches: micro-batches that go through a pipeline; without one it plays no part.
 
     Raises:
-        UsageError: the engine refuses the config, or its layout is not predicted.
+        UsageError: the engine refuses the config.
     """
-    if config.has_own_layout:
-        raise UsageError(f"memory with {config.own_layout} is not predicted yet")
+    if config.pipeline_parallel_size > 1:
+        return replace(_trace_pipeline(model, config, batches, rank), pieces=pieces(config))
+    traced = _trace_layers(model, config, accumulates=accumulates, rank=rank)
+    return replace(traced, pieces=pieces(config))
+
+
+def _trace_layers(model: ModelSpec, config: TrialConfig, *, accumulates: bool, rank: int) -> Stream | SitedStream:
     depth = model.num_hidden_layers
 
     def record(layers: int, batch: int, length: int) -> Trace:
@@ -83,7 +91,9 @@ def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, ra
         return _whole(record(depth, TRACED_BATCH, TRACED_LENGTH))
     config, update_share = _all_at_once(model, config)
     period = _period(layer_kinds(model, config.attention))
-    by_layer = config.engine == "pytorch" and config.zero_stage > 0  # FSDP2 works on a layer at a time
+    # FSDP2 works on a layer at a time; without replicas there are no buckets either.
+    alone = config.model_parallel_size > 1 and config.replicas == 1
+    by_layer = config.engine == "pytorch" and (config.zero_stage > 0 or alone)
     shallow = None
     if by_layer and period == 1:
         shallow = record(TRACED_LAYERS, TRACED_BATCH, TRACED_LENGTH)
@@ -105,6 +115,49 @@ def trace_stream(model: ModelSpec, config: TrialConfig, *, accumulates: bool, ra
     deep = record(high, TRACED_BATCH, TRACED_LENGTH)
     carried = SitedStream.between(shallow, deep, depth, update_share)
     return replace(carried, fragmentation=fragmentation(step_of(deep, update_share)))
+
+
+def _trace_pipeline(model: ModelSpec, config: TrialConfig, batches: int, rank: int) -> Stream | SitedStream:
+    """Micro-batches in flight mix forward and backward passes, so each operator's line in depth is taken, as for DDP.
+
+    Depth counts layers of this rank: where stages are uneven, the model is taken to be as deep as if all were like it.
+    """
+    depth, stages = model.num_hidden_layers, config.pipeline_stages
+
+    def record(layers: int) -> Trace:
+        return record_trace(
+            model, config, layers, TRACED_BATCH, TRACED_LENGTH, accumulates=True, rank=rank, batches=batches
+        )
+
+    low, high = 2 * stages, 4 * stages
+    if depth <= max(MAX_WHOLE_LAYERS, high):
+        return _whole(record(depth))
+    at = rank * config.pipeline_parallel_size // config.gpus
+    mine = range(at, stages, config.pipeline_parallel_size)
+    layers = sum((stage + 1) * depth // stages - stage * depth // stages for stage in mine)
+    deep = record(high)
+    carried = SitedStream.between(record(low), deep, round(layers * stages / len(mine)))
+    return replace(carried, fragmentation=fragmentation(step_of(deep)))
+
+
+MAX_TRACED_BATCHES = 16
+
+
+def traced_batches(config: TrialConfig, batches: int) -> int:
+    """Of the micro-batches that go through a pipeline, as many as are traced: all, or more than ever live at a time.
+
+    Under `1f1b` a rank has at most as many micro-batches alive as there are ranks; with two stages a rank less than
+    twice as many are, and they come in rounds of as many as there are ranks.
+    """
+    size = config.pipeline_parallel_size
+    most = max(MAX_TRACED_BATCHES // size, 3) * size
+    return min(batches, most)
+
+
+def pieces(config: TrialConfig) -> int:
+    """Into how many a config cuts a sequence."""
+    ranks = config.sequence_parallel_size * config.tensor_parallel_size
+    return ranks * (LOSS_CHUNKS if config.loss == "chunked" else 1)
 
 
 def _deep_step(shallow: Trace, deeper: Trace, layers: int) -> list[Event]:
@@ -173,14 +226,17 @@ def record_trace(
     accumulates: bool,
     rank: int = 0,
     double_bytes: int | None = None,
+    batches: int = 0,
 ) -> Trace:
-    """Run the step at one size and write down what it allocates.
+    """Run the step at one size and write down what it allocates. `sequence_length` is that of a piece, see `pieces`.
 
     The trace has one optimizer step, the first, which makes what later steps find: optimizer states, and buffers that
     are kept. Those are standing bytes here, and their making is left out.
     """
-    steps = 2 if accumulates else 1
-    config = replace(config, micro_batch_size=micro_batch_size, sequence_length=sequence_length)
+    pipelined = config.pipeline_parallel_size > 1
+    steps = traced_batches(config, batches) if pipelined else 2 if accumulates else 1
+    plan = [True] if pipelined else [False] * (steps - 1) + [True]
+    config = replace(config, micro_batch_size=micro_batch_size, sequence_length=sequence_length * pieces(config))
     request = TrialRequest(
         trial_id="trace",
         model=ModelSpec(name=model.name, config=_shallow(model.config, layers)),
@@ -188,21 +244,27 @@ def record_trace(
         config=config,
         device="cpu",
     )
-    recorder = Recorder(model.vocab_size, update_on_host=config.offload != "none", double_bytes=double_bytes)
-    with _no_collection(), fake_trial(request, recorder, rank) as trial, _Marks(recorder, layers) as marks:
+    shared_vocabulary = model.vocab_size // config.tensor_parallel_size
+    recorder = Recorder(shared_vocabulary, update_on_host=config.offload != "none", double_bytes=double_bytes)
+    with (
+        _no_collection(),
+        fake_trial(request, recorder, rank) as trial,
+        _Marks(recorder, layers, each=not pipelined) as marks,
+    ):
         engine: Any = trial.engine
         if config.engine == "deepspeed" and config.zero_stage == 3:
             # The first step only learns the order of the modules; from the second on parameters are prefetched.
             trial.run([True])
         gc.collect()
         standing = recorder.begin(_by_part(engine))
-        for boundary in [False] * (steps - 1) + [True]:
+        for boundary in plan:
             trial.run([boundary], _naming(engine, recorder, marks.on_phase))
             recorder.name_all(_by_part(engine))
         lasting, segments, blocks = recorder.end()
     for part, size in lasting.items():
         standing[part] = standing.get(part, 0) + size
-    return Trace(layers, micro_batch_size, sequence_length, standing, segments, blocks)
+    messages = batches / steps if pipelined else 1.0
+    return Trace(layers, micro_batch_size, sequence_length, standing, segments, blocks, messages)
 
 
 @contextmanager
@@ -218,9 +280,16 @@ def _no_collection() -> Iterator[None]:
 
 
 class _Marks:
-    """Tells the recorder where layers begin and end, through PyTorch's hooks on all modules."""
+    """Tells the recorder where layers begin and end, through PyTorch's hooks on all modules.
 
-    def __init__(self, recorder: Recorder, layers: int) -> None:
+    Args:
+        recorder: is told.
+        layers: how many there are.
+        each: False for no layers, only passes and the update.
+    """
+
+    def __init__(self, recorder: Recorder, layers: int, *, each: bool) -> None:
+        self._each = each
         self._recorder = recorder
         self._last = layers - 1
         self._layers: dict[int, int] = {}  # id of a module -> its number
@@ -229,6 +298,8 @@ class _Marks:
 
     def __enter__(self) -> "_Marks":
         self._stack = ExitStack()
+        if not self._each:
+            return self
         for handle in (
             register_module_forward_pre_hook(self._before_forward),
             register_module_forward_hook(self._after_forward),

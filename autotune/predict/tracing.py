@@ -22,7 +22,7 @@ OnTraced = Callable[[int, int], None]
 
 
 def micro_steps(space: Space, config: TrialConfig) -> int:
-    """Micro-steps of an optimizer step; 0 where the batch does not divide."""
+    """Micro-batches of an optimizer step; 0 where the batch does not divide."""
     try:
         return space.workload.gradient_accumulation_steps(config)
     except ValueError:  # no candidate
@@ -31,7 +31,8 @@ def micro_steps(space: Space, config: TrialConfig) -> int:
 
 def structures_of(space: Space, config: TrialConfig) -> tuple[str, ...]:
     """What has to be traced for a config of a space."""
-    return structures(space.model, config, accumulates=micro_steps(space, config) > 1)
+    steps = micro_steps(space, config)
+    return structures(space.model, config, accumulates=steps > 1, batches=steps)
 
 
 def trace_structures(

@@ -96,7 +96,7 @@ def measured_peaks(pool: NodePool, request: TrialRequest) -> list[int]:
 
 
 def traced_peak(request: TrialRequest, rank: int = 0) -> int:
-    accumulation = request.workload.gradient_accumulation_steps(request.config)
+    accumulation = request.workload.micro_steps(request.config)
     tracker = MemoryTracker()
     with fake_trial(request, tracker, rank) as trial:
         tracker.reset_peak()

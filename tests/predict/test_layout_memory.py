@@ -1,0 +1,104 @@
+"""Memory of tensor, sequence and pipeline parallel ranks: what is traced against what real gloo ranks reach."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autotune.predict.trace import trace_stream
+from autotune.spec.config import TrialConfig
+from autotune.spec.model import ModelSpec
+from autotune.spec.request import TrialRequest
+from autotune.spec.workload import MeasureSettings, Workload
+from autotune.trial.pool import NodePool
+from tests.predict.test_fake import TINY
+
+BATCH, LENGTH = 3, 96
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodePool]:
+    pool = NodePool(device="cpu", log_dir=str(tmp_path_factory.mktemp("logs")))
+    yield pool
+    pool.shutdown()
+
+
+def a_request(layers: int, steps: int, gpus: int, layout: dict[str, Any]) -> TrialRequest:
+    fields = {"engine": "pytorch", "precision": "fp32", "zero_stage": 0, "gpus": gpus, **layout}
+    config = TrialConfig.from_dict({**fields, "micro_batch_size": BATCH, "sequence_length": LENGTH})
+    return TrialRequest(
+        trial_id="layout",
+        model=ModelSpec(name="layout", config={**TINY.config, "num_hidden_layers": layers}),
+        workload=Workload(global_batch_size=steps * BATCH * config.data_parallel_size),
+        config=config,
+        device="cpu",
+        measure=MeasureSettings(micro_steps=3),
+    )
+
+
+def measured(pool: NodePool, request: TrialRequest) -> list[int]:
+    count = request.config.gpus
+    result = pool.run(
+        request,
+        ranks=range(count),
+        world_size=count,
+        master_address="127.0.0.1",
+        master_port=pool.free_port(),
+        owner_pid=None,
+    )
+    assert result.failure is None
+    return [rank.peak_memory_allocated_bytes for rank in result.ranks]
+
+
+def predicted(request: TrialRequest, steps: int, rank: int) -> float:
+    stream = trace_stream(request.model, request.config, accumulates=steps > 1, rank=rank, batches=steps)
+    return float(stream.peak_bytes(np.array([BATCH]), np.array([LENGTH]), "cpu")[0])
+
+
+def degrees(tensor: int = 1, sequence: int = 1, pipeline: int = 1, schedule: str | None = None) -> dict[str, Any]:
+    return {
+        "tensor_parallel_size": tensor,
+        "sequence_parallel_size": sequence,
+        "pipeline_parallel_size": pipeline,
+        "pipeline_schedule": schedule,
+    }
+
+
+CASES = [
+    (False, 2, 2, 2, degrees(tensor=2) | {"loss": "chunked", "activation_checkpointing": "full"}, 0.0001),
+    (True, 8, 2, 2, degrees(tensor=2), 0.0001),
+    (True, 2, 2, 2, {"loss": "chunked", "zero_stage": 3, "precision": "bf16"}, 0.0001),
+    (True, 8, 2, 2, degrees(sequence=2) | {"zero_stage": 3}, 0.0001),
+    (True, 2, 1, 2, degrees(sequence=2), 0.0001),
+    (True, 8, 2, 4, degrees(tensor=2, sequence=2) | {"zero_stage": 3, "precision": "bf16"}, 0.0001),
+    (False, 2, 4, 2, degrees(pipeline=2, schedule="1f1b"), 0.0001),
+    (True, 10, 4, 2, degrees(pipeline=2, schedule="1f1b") | {"precision": "bf16"}, 0.0001),
+    (True, 11, 4, 4, degrees(tensor=2, pipeline=2, schedule="1f1b") | {"loss": "chunked"}, 0.01),
+    (True, 4, 4, 4, degrees(pipeline=2, schedule="1f1b") | {"zero_stage": 3, "precision": "bf16"}, 0.0001),
+    (True, 4, 24, 4, degrees(pipeline=4, schedule="1f1b"), 0.01),
+    (True, 4, 8, 2, degrees(pipeline=2, schedule="interleaved_1f1b") | {"activation_checkpointing": "full"}, 0.0001),
+    (True, 4, 6, 2, degrees(pipeline=2, schedule="zero_bubble"), 0.02),
+]
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "gpus", "layout", "tolerance"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if dear else []) for dear, *case in CASES],
+)
+def test_every_rank_is_predicted(
+    pool: NodePool, layers: int, steps: int, gpus: int, layout: dict[str, Any], tolerance: float
+) -> None:
+    request = a_request(layers, steps, gpus, layout)
+    of_a_stage = gpus // request.config.pipeline_parallel_size
+    peaks = measured(pool, request)
+    for rank in range(0, gpus, of_a_stage):
+        found = predicted(request, steps, rank)
+        assert peaks[rank : rank + of_a_stage] == [pytest.approx(found, rel=tolerance)] * of_a_stage
+
+
+def test_more_micro_batches_than_are_traced_need_buffers_for_their_messages() -> None:
+    request = a_request(4, 64, 2, degrees(pipeline=2, schedule="1f1b"))
+    message = BATCH * LENGTH * TINY.hidden_size * 4
+    grown = predicted(request, 64, 0) - predicted(request, 32, 0)
+    assert grown == pytest.approx(32 * message, rel=0.01)
