@@ -1,5 +1,6 @@
 """`autotune doctor`: what will not work here, and the remedy."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,21 +22,31 @@ def doctor(
     store: StoreOption = DEFAULT_STORE,
     out: Annotated[Path, typer.Option(help="Folder where results would go.")] = Path("autotune-out"),
     address: Annotated[str | None, typer.Option(help="Connect to this Ray cluster as well.")] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Examine every node of the cluster at --address, not this machine.")
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out what imports PyTorch and starts processes.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what will not work on this machine, and the remedy.
+    """Say what will not work on this machine, or on a cluster, and the remedy.
 
     Exit code 0 when no check fails (warnings are allowed), 1 when one does. Nothing is changed or left behind.
     """
     from autotune.doctor.check import Status
-    from autotune.doctor.diagnosis import diagnose
+    from autotune.doctor.diagnosis import diagnose, diagnose_cluster
+    from autotune.search.address import require_reachable
 
+    if cluster:
+        known = address or os.environ.get("RAY_ADDRESS") or "auto"
+        require_reachable(known)
+        found = diagnose_cluster(address=known, out=out.absolute())
+    else:
+        found = diagnose(out=out, store=store, address=address, quick=quick)
     checks: list[Check] = []
-    with Console(stderr=True).status("examining this machine") as status:
-        for check in diagnose(out=out, store=store, address=address, quick=quick):
+    with Console(stderr=True).status(f"examining {'the cluster' if cluster else 'this machine'}") as status:
+        for check in found:
             checks.append(check)
             status.update(f"examined {check.name}")
     usable = all(check.status is not Status.FAIL for check in checks)

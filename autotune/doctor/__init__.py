@@ -6,5 +6,6 @@ software.py   Python, packages, PyTorch against the driver, DeepSpeed's ops, com
 gpus.py       NVIDIA GPUs and who uses them
 machine.py    disks, shared memory, host memory, limits, stale build locks
 services.py   Ray and the store
+cluster.py    every node of a Ray cluster; node.py and all_reduce.py run there
 probe.py      what needs heavy libraries, run in a process of its own so that ours stays without CUDA
 """

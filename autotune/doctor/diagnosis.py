@@ -1,16 +1,19 @@
 """Which checks there are, in the order in which their remedies should be tried."""
 
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from autotune.doctor import gpus, machine, probe, services, software
+from autotune.doctor import cluster, gpus, machine, probe, services, software
 from autotune.doctor.check import Check, Finding, perform
 from autotune.trial.build_cache import VARIABLE
 
 LIBRARIES_SECONDS = 300.0
+NODES_SECONDS = 500.0
+"""The sum of what `autotune.doctor.cluster` waits for, and a connection."""
 RANKS_SECONDS = 400.0
 """Longer than the pool waits for its fork server (`autotune.trial.pool.READY_SECONDS`)."""
 
@@ -63,3 +66,14 @@ def diagnose(*, out: Path, store: str, address: str | None, quick: bool) -> Iter
     }
     for name, examine in checks.items():
         yield perform(name, examine)
+
+
+def diagnose_cluster(*, address: str, out: Path) -> Iterator[Check]:
+    """Examine every node of a Ray cluster, and the network between them. GPUs are reserved for some seconds.
+
+    Args:
+        address: of the cluster, HOST:PORT or `auto`.
+        out: absolute folder that the nodes should share.
+    """
+    argument = json.dumps([address, str(out)])
+    yield from cluster.check_cluster(lambda: probe.ask("nodes", argument, seconds=NODES_SECONDS), str(out))

@@ -16,7 +16,8 @@ def ask(question: str, argument: str, *, seconds: float) -> dict[str, Any]:
     """Ask in a new process.
 
     Args:
-        question: `libraries` or `ranks`, with the device type; `cluster`, with Ray's address.
+        question: `libraries` or `ranks`, with the device type; `cluster`, with Ray's address; `nodes`, with a JSON list
+            of that address and the folder that the nodes should share.
         argument: see `question`.
         seconds: after which there is no answer.
 
@@ -41,7 +42,7 @@ def ask(question: str, argument: str, *, seconds: float) -> dict[str, Any]:
 
 
 def _environment(question: str, argument: str, scratch: str) -> dict[str, str]:
-    if question == "cluster":
+    if question in ("cluster", "nodes"):
         return {}
     from autotune.trial.pool import trial_environment
 
@@ -104,6 +105,23 @@ def cluster(address: str) -> dict[str, Any]:
         return {"error": str(error)}
 
 
+def nodes(argument: str) -> dict[str, Any]:
+    """What the nodes of a Ray cluster say of themselves (`autotune.doctor.cluster.ask_nodes`), or why it is silent."""
+    from autotune.errors import ClusterError
+    from autotune.search.authentication import authenticate
+
+    address, out = json.loads(argument)
+    authenticate(address)
+    from autotune.doctor.cluster import ask_nodes
+    from autotune.search.cluster import connected
+
+    try:
+        with connected(address, None):
+            return ask_nodes(out)
+    except ClusterError as error:
+        return {"error": str(error)}
+
+
 if __name__ == "__main__":
-    answers = {"libraries": libraries, "ranks": ranks, "cluster": cluster}
+    answers = {"libraries": libraries, "ranks": ranks, "cluster": cluster, "nodes": nodes}
     sys.stdout.write("\n" + json.dumps(answers[sys.argv[1]](sys.argv[2])) + "\n")

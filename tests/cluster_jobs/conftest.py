@@ -28,7 +28,7 @@ def head() -> Iterator[Head]:
     variables = environment(TOKEN) | {"RAY_AUTH_MODE": "token"}
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=folder)
-    head = Head(f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", folder)
+    head = Head(f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", folder, f"127.0.0.1:{gcs}")
     try:
         wait_for_dashboard(head, process, folder / "head.log")
         yield head

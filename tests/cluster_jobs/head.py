@@ -30,6 +30,8 @@ class Head:
     metrics_url: str
     folder: Path
     """Of Ray's sessions."""
+    gcs: str = ""
+    """HOST:PORT that nodes and drivers connect to."""
 
     def autotune(self, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "autotune", *arguments, "--address", self.address]
