@@ -55,13 +55,9 @@ class Snapshot:
 def prediction_errors(study: Study) -> dict[tuple[str, str], float]:
     """How far predictions were from what trials measured, by quantity and statistic."""
     ledger = study.ledger
-    speed = []
-    for _, config, outcome in study.results:
-        prediction = study.prediction(config)
-        if isinstance(outcome, Measurement) and prediction and prediction.tokens_per_second_per_gpu is not None:
-            speed.append(abs(prediction.tokens_per_second_per_gpu / outcome.tokens_per_second_per_gpu - 1))
     found: dict[tuple[str, str], float] = {}
-    for quantity, errors in (("memory", [abs(error) for error in ledger.errors]), ("speed", speed)):
+    for quantity, signed in (("memory", ledger.errors), ("speed", ledger.speed_errors)):
+        errors = [abs(error) for error in signed]
         if errors:
             found |= {(quantity, "median"): statistics.median(errors), (quantity, "largest"): max(errors)}
     return found

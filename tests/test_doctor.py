@@ -171,6 +171,13 @@ def test_packages_are_held_against_what_the_project_declares() -> None:
     assert "psycopg" not in finding.found
 
 
+def test_code_that_a_job_brought_along_has_no_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "DISTRIBUTION", "no-such-package-of-ours")
+    assert is_(software.check_packages(), Status.OK, "from a folder")
+    monkeypatch.setattr(software, "_IMPORTED", ("json", "no_such_module_of_ours"))
+    assert is_(software.check_packages(), Status.FAIL, "no_such_module_of_ours cannot be imported")
+
+
 @pytest.mark.parametrize(
     ("changes", "cards", "status", "words"),
     [
@@ -370,6 +377,18 @@ def test_stores_that_cannot_be_used(here: Path) -> None:
         assert is_(finding, Status.FAIL, words)
         assert "secret" not in finding.found
     assert is_(services.check_store(f"sqlite:///{here}/other.db"), Status.WARN, "nothing of Autotune's")
+
+
+def test_a_write_ahead_log_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE a (b)")
+    monkeypatch.setattr("autotune.store.connect.journal_mode", lambda path: "delete")
+    assert is_(services.check_store(f"sqlite:///{path}"), Status.FAIL, "WAL", "journal_mode=DELETE", "postgresql://")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    assert is_(services.check_store(f"sqlite:///{path}"), Status.WARN, "nothing of Autotune's")
 
 
 # The command

@@ -163,6 +163,7 @@ def _table(job: "Job", progress: dict[str, Any] | None) -> Table:
     state = job.state if job.driver_exit_code in (None, 0) else f"{job.state} with exit code {job.driver_exit_code}"
     table.add_row("job", f"{job.id}  {state}" + (f"  since {job.started_at:%Y-%m-%d %H:%M} UTC" if job.active else ""))
     table.add_row("said", job.message)
+    table.add_row("page", job.page)
     if progress is None:
         return table
     trials = ", ".join(f"{number} {state.replace('_', ' ')}" for state, number in progress["trials"].items())

@@ -65,6 +65,8 @@ class Job:
     """The store's URL, which holds no password."""
     out: str
     """Folder of the best files and logs on the cluster."""
+    page: str
+    """Its page on Ray's dashboard, with its logs."""
 
     @property
     def active(self) -> bool:
@@ -83,6 +85,7 @@ class Job:
             "message": self.message,
             "store": self.store,
             "out": self.out,
+            "page": self.page,
         }
 
 
@@ -196,7 +199,7 @@ class ClusterJobs:
     def jobs(self) -> list[Job]:
         """Every job of Autotune that the cluster remembers, in no order."""
         with self._reported():
-            found = [_job(details) for details in self._client.list_jobs()]
+            found = [_job(details, self.address) for details in self._client.list_jobs()]
         return [job for job in found if job is not None]
 
     def logs(self, job: Job) -> str:
@@ -309,7 +312,7 @@ def _reason(error: Exception) -> str:
     return mask_url(lines[-1])[:300] if lines else type(error).__name__
 
 
-def _job(details: Any) -> Job | None:
+def _job(details: Any, address: str) -> Job | None:
     """A job of ours; None for any other."""
     match = _ID.fullmatch(details.submission_id or "")
     metadata = details.metadata or {}
@@ -327,6 +330,7 @@ def _job(details: Any) -> Job | None:
         message=mask_url(lines[-1])[:300],
         store=metadata["store"],
         out=metadata["out"],
+        page=f"{address}/#/jobs/{details.submission_id}",
     )
 
 
