@@ -26,7 +26,8 @@ from autotune.predict.layouts import TRAINER_PROFILES, Layout, impossible
 from autotune.predict.roofline import MEGATRON_KERNELS, TimePart
 from autotune.predict.shape import DecoderShape, LayerShape, Matrix, read_shape
 from autotune.predict.step import StepTimes
-from autotune.predict.throughput import Trials, predict_trials
+from autotune.predict.throughput import predict_trials
+from autotune.predict.trials import Trials
 from autotune.search.expected_improvement import Candidates, Expectation, ExpectedImprovement, Observed, step_unknowns
 from autotune.spec.cluster import ClusterSpec, find_gpu
 
@@ -247,6 +248,12 @@ def _mpt_times(rows: Sequence[Row]) -> StepTimes:
         length=counts("seq_len"),
         recomputed=np.array([float(row["act_ckpt"] == "full") for row in rows]),
         overlaps=np.ones(same, bool),
+        tensor=np.ones(same, np.int64),
+        sequence=np.ones(same, np.int64),
+        stages=np.ones(same, np.int64),
+        stages_of_rank=np.ones(same, np.int64),
+        idle=np.ones(same),
+        chunked=np.zeros(same, bool),
     )
     shape = gpt_shape(*_MPT_SIZES[rows[0]["model"]], _MPT_VOCABULARY)
     return predict_trials(shape, trials, cluster_of(rows[0]), _MPT_KERNELS)

@@ -15,7 +15,8 @@ from autotune.predict.layout_times import STEP_PROFILES, Layouts, predict_layout
 from autotune.predict.layouts import TRAINER_PROFILES, Layout, impossible, predict_layout
 from autotune.predict.shape import DecoderShape, read_shape
 from autotune.predict.step import TimePrediction
-from autotune.predict.throughput import Trials, predict_trials
+from autotune.predict.throughput import predict_trials
+from autotune.predict.trials import Trials
 from autotune.space.legality import RULES
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import ActivationCheckpointing, Attention, Engine, Offload, Precision, Scalar, TrialConfig

@@ -22,8 +22,9 @@ from autotune.predict.memory import context_bytes, deviation, predict_memory, st
 from autotune.predict.shape import read_shape
 from autotune.predict.step import StepTimes
 from autotune.predict.stream import fragmentation_bytes
-from autotune.predict.throughput import Trials, predict_trials
+from autotune.predict.throughput import predict_trials
 from autotune.predict.tracing import OnTraced, structures_of, trace_structures
+from autotune.predict.trials import Trials
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.prediction import Prediction
@@ -37,7 +38,7 @@ KEY_DEVIATION = 0.02
 
 
 UNSPLIT = {"tensor_parallel_size": 1, "sequence_parallel_size": 1, "pipeline_parallel_size": 1, "loss": "full_logits"}
-"""The axes of layouts, with the values of the layouts whose times are predicted."""
+"""The axes of layouts, with the values of a model and a loss that are not split."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def plan_memory(
     effects = _KeyEffects(space, cells)
     baseline = space.baseline
     wanted = [cells.structures, *effects.structures, [structures_of(space, baseline)] if baseline else []]
-    untimed = _untimed_layouts(space)
-    kinds = Kinds(space) if space.cluster.device == "cpu" and untimed is None else None
+    on_processors = space.cluster.device == "cpu"
+    untimed = _uncounted_layouts(space) if on_processors else None
+    kinds = Kinds(space) if on_processors and untimed is None else None
     counted = set() if kinds is None else kinds.names
     reasons = trace_structures(
         {name for found in wanted for names in found for name in names}, on_traced, counted=counted
@@ -159,10 +161,10 @@ def plan_memory(
     return Plan(space, used, deviations, unpredicted, stated, times, untimed)
 
 
-def _untimed_layouts(space: Space) -> str | None:
-    """Why no times are predicted where some candidate's model or loss is split; None where none is."""
+def _uncounted_layouts(space: Space) -> str | None:
+    """Why operators cannot be counted where some candidate's model or loss is split; None where none is."""
     if any(space.used(axis) != (plain,) for axis, plain in UNSPLIT.items()):
-        return "times of tensor, sequence and pipeline parallelism and of a chunked loss are not predicted yet"
+        return "steps of split models are predicted on GPUs alone"
     return None
 
 

@@ -1,4 +1,5 @@
-"""How long one optimizer step of a trial takes: DDP, FSDP2 and DeepSpeed's ZeRO, with offload and checkpointing.
+"""How long one optimizer step of a trial takes: DDP, FSDP2 and DeepSpeed's ZeRO, with offload and checkpointing, and
+models that are split over ranks.
 
 With the letters of `roofline.py`, for a micro-batch:
 
@@ -7,7 +8,17 @@ With the letters of `roofline.py`, for a micro-batch:
     recomputation       the forward pass of what is checkpointed
     launch              max(0, the processor's seconds to issue the work - the GPU's to do it)
 
+    logits              one more forward pass of the head where the loss is chunked
+    tensor parallel     over t ranks: a layer gathers value·n·h bytes before and scatters as many after attention and
+                        MLP, in each pass; embedding and head once. Over u ranks that share sequences (Ulysses, Jacobs
+                        et al., arXiv:2309.14509): n/u tokens a rank, and q, k, v and the result exchanged in each pass
+    pipeline transfer   value·n·h/t bytes to the next stage, and back, for each stage of a rank
+
 and for the step:
+
+    bubble              (p - 1) micro-batches of a stage under 1F1B, half of it with two stages a rank, a sixth where
+                        weights' gradients fill the gaps (Narayanan et al., arXiv:2104.04473, section 2.2; Qi et al.,
+                        arXiv:2401.10241, table 1, its three passes taken as equal)
 
     gradient reduction  max(0, reduction - the backward pass that hides it), where an engine hides it
     parameter gather    of ZeRO-1 and 2 after the update; of FSDP2 and ZeRO-3 for each layer, max(0, gather - the layer)
@@ -18,12 +29,9 @@ Left out: the data loader, logging, evaluation, checkpoints, clocks that fall wi
 Sources: torch/distributed/fsdp/_fully_shard, DeepSpeed runtime/zero/stage_1_and_2.py and stage3.py, accelerate.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autotune.predict.kernels import Values, peak_flops
 from autotune.predict.network import Counts, group, host_link, network
@@ -44,107 +52,16 @@ from autotune.predict.step import (
     ISSUE_SECONDS,
     OPERATOR_SECONDS,
     StepTimes,
-    counts,
     in_buckets,
     stretch,
 )
-from autotune.space.space import Space
+from autotune.predict.trials import Trials
 from autotune.spec.cluster import ClusterSpec
-from autotune.spec.config import TrialConfig
-from autotune.spec.workload import Workload
 
 HOST_ADAM_SECONDS = 0.22e-9
 """A parameter of a node, DeepSpeed's CPU-Adam: 0.22 s for 10^9 (Ren et al., arXiv:2101.06840, table 4)."""
 ZERO_3_OPERATORS = 20
 """A layer and pass: DeepSpeed's hooks before and after each of its modules. Judgement."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trials:
-    """Trial configs as columns of one length."""
-
-    engine: NDArray[np.str_]
-    precision: NDArray[np.str_]
-    attention: NDArray[np.str_]
-    offload: NDArray[np.str_]
-    gpus: Counts
-    zero_stage: Counts
-    micro_batch: Counts
-    accumulation: Counts
-    length: Counts
-    recomputed: Values
-    """Share of the layers, 0..1, whose forward pass runs twice."""
-    overlaps: NDArray[np.bool_]
-    """DeepSpeed's `overlap_comm`; of no meaning to PyTorch's engine, which always overlaps."""
-
-    @classmethod
-    def of(cls, configs: Sequence[TrialConfig], workload: Workload, shape: DecoderShape) -> Self:
-        """Columns of configs.
-
-        Raises:
-            ValueError: the global batch does not divide.
-        """
-        layers = len(shape.layers)
-
-        def recomputed(config: TrialConfig) -> float:
-            if config.activation_checkpointing == "selective":
-                return len(range(0, layers, config.selective_every or 1)) / layers
-            return float(config.activation_checkpointing == "full")
-
-        overlap = "zero_optimization.overlap_comm"
-        return cls(
-            engine=np.array([config.engine for config in configs]),
-            precision=np.array([config.precision for config in configs]),
-            attention=np.array([config.attention for config in configs]),
-            offload=np.array([config.offload for config in configs]),
-            gpus=counts([config.gpus for config in configs]),
-            zero_stage=counts([config.zero_stage for config in configs]),
-            micro_batch=counts([config.micro_batch_size for config in configs]),
-            accumulation=counts([workload.gradient_accumulation_steps(config) for config in configs]),
-            length=counts([config.sequence_length for config in configs]),
-            recomputed=np.array([recomputed(config) for config in configs], float),
-            overlaps=np.array(
-                [dict(config.deepspeed).get(overlap, config.zero_stage == 3) for config in configs], bool
-            ),
-        )
-
-    @classmethod
-    def of_candidates(cls, space: Space, shape: DecoderShape) -> tuple[Self, NDArray[np.int64]]:
-        """Columns of those candidates of a space that can differ in time, and which of them each candidate is like."""
-        overlap = "deepspeed.zero_optimization.overlap_comm"
-        columns = space.columns
-        axes = [axis for axis in space.axes if not axis.startswith("deepspeed.") or axis == overlap]
-        _, firsts, kinds = np.unique(columns.kinds(axes), return_index=True, return_inverse=True)
-
-        def values(axis: str) -> NDArray[Any]:
-            found: NDArray[Any] = np.array(space.axes[axis])[columns[axis][firsts]]
-            return found
-
-        gpus, batch = values("gpus").astype(np.int64), values("micro_batch_size").astype(np.int64)
-        layers, checkpointing = len(shape.layers), values("activation_checkpointing")
-        every = np.where(checkpointing == "selective", values("selective_every"), layers)
-        selected = np.where(checkpointing == "selective", np.ceil(layers / every) / layers, 0.0)
-        zero_stage = values("zero_stage").astype(np.int64)
-        overlaps = zero_stage == 3
-        if overlap in axes:
-            overlaps = np.where(columns[overlap][firsts] >= 0, values(overlap).astype(bool), overlaps)
-        trials = cls(
-            engine=values("engine"),
-            precision=values("precision"),
-            attention=values("attention"),
-            offload=values("offload"),
-            gpus=gpus,
-            zero_stage=zero_stage,
-            micro_batch=batch,
-            accumulation=space.workload.global_batch_size // (batch * gpus),
-            length=np.full(len(gpus), space.file.workload.sequence_length, np.int64),
-            recomputed=np.where(checkpointing == "full", 1.0, selected),
-            overlaps=overlaps,
-        )
-        return trials, kinds
-
-    def __getitem__(self, chosen: NDArray[np.bool_]) -> "Trials":
-        return Trials(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 def predict_trials(
@@ -175,12 +92,13 @@ def predict_trials(
         for part, seconds in found.items():
             parts[part][chosen] = seconds
         peak[chosen] = peak_flops(cluster.gpu, precision)
-    tokens = (trials.micro_batch * trials.length * trials.accumulation).astype(float)
+    sharing = trials.tensor * trials.sequence * trials.stages
+    tokens = trials.micro_batch * trials.length * trials.accumulation / sharing
     return StepTimes(parts, tokens, flops_per_token(shape, trials.length), peak)
 
 
 class _Sharded:
-    """Data-parallel trials with one engine, precision and attention."""
+    """Trials with one engine, precision and attention."""
 
     def __init__(
         self,
@@ -191,16 +109,25 @@ class _Sharded:
         engine: str,
         precision: str,
     ) -> None:
-        tokens, ones = (trials.micro_batch * trials.length).astype(float), np.ones(len(trials.gpus))
+        tokens = (trials.micro_batch * trials.length / trials.sequence).astype(float)
+        tensor = trials.tensor.astype(float)
         self._shape, self._trials, self._kernels = shape, trials, kernels
         self._net, self._node = network(cluster.gpu), cluster.gpus_per_node
         self._gpu, self._deepspeed, self._value = cluster.gpu, engine == "deepspeed", 4 if precision == "fp32" else 2
         self._mixed = precision != "fp32"
         length = trials.length.astype(float)
-        self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, ones)
-        self._ranks = group(trials.gpus, np.ones_like(trials.gpus), cluster.gpus_per_node)
+        self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, tensor)
+        self._replicas = trials.gpus // (trials.tensor * trials.stages)
+        self._ranks = group(self._replicas, trials.tensor, self._node)
+        self._row_bytes = self._value * tokens * shape.hidden_size
         self._forward, self._backward = self._work.layer(backward=False), self._work.layer(backward=True)
-        self._layers, self._parameters = len(shape.layers), float(shape.num_parameters)
+        exchanged = self._layer_collectives(tokens)
+        self._forward[TimePart.TENSOR_PARALLEL] = self._backward[TimePart.TENSOR_PARALLEL] = exchanged
+        self._layers = len(shape.layers) / trials.stages
+        # Of a rank; the first and the last stage have an embedding or a head as well.
+        heads = np.where(trials.stages > 1, 1, 2 - shape.tie_word_embeddings)
+        layer, matrix = shape.layers[0].parameters, shape.embedding.parameters
+        self._parameters = (self._layers * layer + heads * matrix) / tensor + shape.hidden_size
 
     def parts(self) -> Parts:
         """Of the step."""
@@ -208,22 +135,44 @@ class _Sharded:
         steps = trials.accumulation
         compute = {part: layers * (self._forward[part] + self._backward[part]) for part in self._forward}
         compute[TimePart.RECOMPUTATION] = trials.recomputed * layers * total(self._forward)
-        compute[TimePart.LOGITS] = work.head(backward=False) + work.head(backward=True) + work.embedding_gradient()
+        head = work.head(backward=False)
+        compute[TimePart.LOGITS] = (1 + trials.chunked) * head + work.head(backward=True) + work.embedding_gradient()
+        ends = 4 * self._net.all_gather(self._tensor_group, self._row_bytes)  # embedding and head, in both passes
+        compute[TimePart.TENSOR_PARALLEL] = compute[TimePart.TENSOR_PARALLEL] + ends
         casts, sums = self._weight_bytes()
         compute[TimePart.ELEMENTWISE] = compute[TimePart.ELEMENTWISE] + work.memory(casts)
         compute[TimePart.ACCUMULATION] = work.memory(sums)
+        compute[TimePart.PIPELINE_TRANSFER] = self._transfer()
         compute[TimePart.LAUNCH] = np.maximum(self._issued() - total(compute), 0)
         result = {part: steps * seconds for part, seconds in compute.items()}
+        result[TimePart.BUBBLE] = (trials.stages - 1) * trials.idle * total(compute)
         forward = stretch(compute) * total(self._forward)
         backward = stretch(compute) * (total(self._backward) + trials.recomputed * total(self._forward))
         result[TimePart.GRADIENT_REDUCTION] = self._reduction(backward)
         result[TimePart.PARAMETER_GATHER] = self._gather(forward, backward)
         offloaded = trials.offload != "none"
-        shards = np.where(trials.zero_stage > 0, trials.gpus, 1)
+        shards = np.where(trials.zero_stage > 0, self._replicas, 1)
         update = work.memory(ADAM_BYTES * self._parameters / shards)
         result[TimePart.OPTIMIZER] = np.where(offloaded, 0.0, update)
         result[TimePart.OFFLOAD] = np.where(offloaded, self._offload(shards), 0.0)
         return result
+
+    def _layer_collectives(self, tokens: Values) -> Values:
+        """Seconds of one pass of a layer that is split over ranks; what computation hides of it is left out."""
+        trials, net, shape = self._trials, self._net, self._shape
+        self._tensor_group = group(trials.tensor, np.ones_like(trials.tensor), self._node)
+        shared = group(trials.sequence, trials.tensor, self._node)
+        widths = (shape.query_width, shape.key_value_width, shape.key_value_width, shape.query_width)
+        # Each rank sends all of its share but its own part of it, as in an all-gather of as many bytes.
+        exchanged = sum(net.all_gather(shared, self._value * tokens * width / trials.tensor) for width in widths)
+        return np.asarray(4 * net.all_gather(self._tensor_group, self._row_bytes) + exchanged)
+
+    def _transfer(self) -> Values:
+        """Seconds of a micro-batch's messages between stages."""
+        trials = self._trials
+        far = trials.tensor * self._replicas >= self._node
+        messages = 2 * trials.stages_of_rank * self._net.send(self._row_bytes / trials.tensor, far=far)
+        return np.where(trials.stages > 1, messages, 0.0)
 
     def _weight_bytes(self) -> tuple[Values, Values]:
         """Bytes of a micro-batch: weights cast for compute, gradients added to their sum.
@@ -231,7 +180,7 @@ class _Sharded:
         DeepSpeed's weights are in the compute dtype. DDP's are fp32 under autocast, which casts each weight and its
         gradient; FSDP2 casts shards.
         """
-        held = 1.0 if self._deepspeed else np.where(self._trials.zero_stage > 0, self._trials.gpus, 1)
+        held = 1.0 if self._deepspeed else np.where(self._trials.zero_stage > 0, self._replicas, 1)
         casts = 0.0 if self._deepspeed or not self._mixed else 6 * self._parameters / held
         ddp = not self._deepspeed and self._mixed
         sums = np.where((self._trials.zero_stage == 0) & ddp, 18, 3 * self._value) * self._parameters
@@ -240,7 +189,9 @@ class _Sharded:
     def _issued(self) -> Values:
         """Seconds that the processor needs to issue one micro-batch."""
         hooks = 2 * ZERO_3_OPERATORS * OPERATOR_SECONDS * (self._trials.zero_stage == 3) * self._deepspeed
-        layer = ISSUE_SECONDS[0] * (1 + self._trials.recomputed) + ISSUE_SECONDS[1] + hooks
+        trials = self._trials
+        sharded = (4 * (trials.tensor > 1) + 4 * (trials.sequence > 1)) * OPERATOR_SECONDS
+        layer = (ISSUE_SECONDS[0] + sharded) * (1 + trials.recomputed) + ISSUE_SECONDS[1] + sharded + hooks
         return np.asarray(self._layers * layer)
 
     def _reduction(self, backward_layer: Values) -> Values:
@@ -282,4 +233,4 @@ class _Sharded:
         adam = HOST_ADAM_SECONDS * share * on_node
         down = np.where(trials.zero_stage >= 2, trials.accumulation, 1) * self._value * share / link
         passes = np.where(trials.offload == "optimizer+parameters", 2 * trials.accumulation, 0)
-        return adam + down + (1 + passes) * self._value * share / link
+        return np.asarray(adam + down + (1 + passes) * self._value * share / link)

@@ -19,11 +19,12 @@ from autotune.predict.machine import MachineRates
 from autotune.predict.memory import predict_memory
 from autotune.predict.plan import SURE, Plan, plan_memory, require_feasible
 from autotune.predict.shape import read_shape
-from autotune.predict.throughput import Trials, predict_trials
+from autotune.predict.throughput import predict_trials
+from autotune.predict.trials import Trials
 from autotune.space.space import Space, load_space
 from autotune.spec.prediction import MemoryPrediction
 from tests.predict.samples import RATES
-from tests.samples import sample_space
+from tests.samples import sample_space, space_text
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
 BUCKETS = {
@@ -203,6 +204,34 @@ def test_candidates_are_timed_in_columns_as_one_by_one() -> None:
     )
     assert times.of(np.array(some)).step_seconds == pytest.approx(singly.step_seconds)
     assert planning._speed(space, space.candidates[5]) == pytest.approx(times.at(5).tokens_per_second_per_gpu)
+
+
+def test_split_models_are_timed_in_columns_as_one_by_one(tmp_path: Path) -> None:
+    search = {
+        "engine": "pytorch",
+        "zero_stage": [2, 3],
+        "micro_batch_size": [1, 2],
+        "tensor_parallel_size": [1, 2],
+        "sequence_parallel_size": [1, 2],
+        "pipeline_parallel_size": [1, 2],
+        "pipeline_schedule": ["1f1b", "interleaved_1f1b"],
+        "loss": ["full_logits", "chunked"],
+    }
+    cluster = {"nodes": 2, "gpus_per_node": 8, "gpu": "H100-80GB"}
+    work = {"global_batch_size": 128, "sequence_length": 4096}
+    path = tmp_path / "space.yaml"
+    path.write_text(space_text(model="Qwen/Qwen3-32B", search=search, cluster=cluster, workload=work, baseline=...))
+    space = load_space(path)
+    times, reason = planning._times(space)
+    assert reason is None
+    assert times is not None
+    shape = read_shape(space.model.name, space.model.config)
+    configs = list(space.candidates)
+    assert {config.model_parallel_size for config in configs} >= {1, 2, 4}
+    singly = predict_trials(shape, Trials.of(configs, space.workload, shape), space.cluster)
+    assert times.step_seconds == pytest.approx(singly.step_seconds)
+    assert times.tokens_per_second_per_gpu == pytest.approx(singly.tokens_per_second_per_gpu)
+    assert (times.model_flops_utilization < 1).all()
 
 
 def test_the_fastest_are_among_those_that_fit_and_of_different_kinds() -> None:

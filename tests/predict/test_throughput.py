@@ -16,9 +16,10 @@ from autotune.predict.network import group, network
 from autotune.predict.roofline import TimePart, flops_per_token
 from autotune.predict.shape import DecoderShape, read_shape
 from autotune.predict.step import StepTimes, TimePrediction
-from autotune.predict.throughput import Trials, predict_trials
+from autotune.predict.throughput import predict_trials
+from autotune.predict.trials import Trials
 from autotune.spec.cluster import GPUS, ClusterSpec, find_gpu
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import Loss, PipelineSchedule, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
@@ -219,6 +220,35 @@ class TestTrials:
     def test_one_gpu_communicates_nothing(self) -> None:
         parts = trial(replace(TRIAL, gpus=1)).breakdown
         assert parts[TimePart.GRADIENT_REDUCTION] == parts[TimePart.PARAMETER_GATHER] == 0
+
+
+class TestSplitTrials:
+    ALONE = TrialConfig(engine="pytorch", gpus=8, micro_batch_size=1, sequence_length=4096, zero_stage=2)
+
+    def test_tensor_parallel_ranks_share_the_work_and_communicate(self) -> None:
+        whole, split = (trial(replace(self.ALONE, tensor_parallel_size=size)).breakdown for size in (1, 4))
+        assert whole[TimePart.TENSOR_PARALLEL] == 0 < split[TimePart.TENSOR_PARALLEL]
+        # A quarter of the replicas run four times as many micro-batches of a quarter of the work each.
+        assert split[TimePart.ATTENTION] == pytest.approx(whole[TimePart.ATTENTION], rel=0.05)
+
+    def test_sequence_parallel_ranks_share_the_sequence_and_not_the_parameters(self) -> None:
+        whole, split = (trial(replace(self.ALONE, sequence_parallel_size=size)).breakdown for size in (1, 4))
+        assert split[TimePart.OPTIMIZER] == pytest.approx(whole[TimePart.OPTIMIZER])
+        assert split[TimePart.TENSOR_PARALLEL] > 0
+
+    def test_a_schedule_idles_less_with_more_stages_a_rank(self) -> None:
+        schedules: tuple[PipelineSchedule, ...] = ("1f1b", "interleaved_1f1b", "zero_bubble")
+        staged = replace(self.ALONE, pipeline_parallel_size=4)
+        found = [trial(replace(staged, pipeline_schedule=name)).breakdown for name in schedules]
+        idle = [parts[TimePart.BUBBLE] for parts in found]
+        assert idle[0] > idle[1] > idle[2] > 0
+        assert found[1][TimePart.PIPELINE_TRANSFER] == pytest.approx(2 * found[0][TimePart.PIPELINE_TRANSFER])
+        assert trial(self.ALONE).breakdown[TimePart.BUBBLE] == 0
+
+    def test_a_chunked_loss_computes_the_logits_twice(self) -> None:
+        losses: tuple[Loss, ...] = ("full_logits", "chunked")
+        whole, chunked = (trial(replace(self.ALONE, loss=loss)).breakdown for loss in losses)
+        assert 1.1 * whole[TimePart.LOGITS] < chunked[TimePart.LOGITS] < 1.5 * whole[TimePart.LOGITS]
 
 
 class TestHardware:

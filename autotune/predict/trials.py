@@ -1,0 +1,133 @@
+"""`Trials`: configs as columns, with what their step times depend on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autotune.predict.kernels import Values
+from autotune.predict.network import Counts
+from autotune.predict.shape import DecoderShape
+from autotune.predict.step import counts
+from autotune.space.space import Space
+from autotune.spec.config import STAGES_PER_RANK, PipelineSchedule, TrialConfig
+from autotune.spec.workload import Workload
+
+SHARED = ("tensor", "sequence", "pipeline")
+IDLE: dict[PipelineSchedule, float] = {"1f1b": 1.0, "interleaved_1f1b": 1 / 2, "zero_bubble": 1 / 6}
+"""What a schedule idles, in bubbles of 1F1B."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """Trial configs as columns of one length."""
+
+    engine: NDArray[np.str_]
+    precision: NDArray[np.str_]
+    attention: NDArray[np.str_]
+    offload: NDArray[np.str_]
+    gpus: Counts
+    zero_stage: Counts
+    micro_batch: Counts
+    accumulation: Counts
+    length: Counts
+    recomputed: Values
+    """Share of the layers, 0..1, whose forward pass runs twice."""
+    overlaps: NDArray[np.bool_]
+    """DeepSpeed's `overlap_comm`; of no meaning to PyTorch's engine, which always overlaps."""
+    tensor: Counts
+    """Ranks that share matrices."""
+    sequence: Counts
+    """Ranks that share sequences."""
+    stages: Counts
+    """Ranks that share the layers."""
+    stages_of_rank: Counts
+    idle: Values
+    """Of a pipeline, in bubbles of 1F1B."""
+    chunked: NDArray[np.bool_]
+    """The loss."""
+
+    @classmethod
+    def of(cls, configs: Sequence[TrialConfig], workload: Workload, shape: DecoderShape) -> Self:
+        """Columns of configs.
+
+        Raises:
+            ValueError: the global batch does not divide.
+        """
+        layers = len(shape.layers)
+
+        def recomputed(config: TrialConfig) -> float:
+            if config.activation_checkpointing == "selective":
+                return len(range(0, layers, config.selective_every or 1)) / layers
+            return float(config.activation_checkpointing == "full")
+
+        overlap = "zero_optimization.overlap_comm"
+        return cls(
+            engine=np.array([config.engine for config in configs]),
+            precision=np.array([config.precision for config in configs]),
+            attention=np.array([config.attention for config in configs]),
+            offload=np.array([config.offload for config in configs]),
+            gpus=counts([config.gpus for config in configs]),
+            zero_stage=counts([config.zero_stage for config in configs]),
+            micro_batch=counts([config.micro_batch_size for config in configs]),
+            accumulation=counts([workload.gradient_accumulation_steps(config) for config in configs]),
+            length=counts([config.sequence_length for config in configs]),
+            recomputed=np.array([recomputed(config) for config in configs], float),
+            overlaps=np.array(
+                [dict(config.deepspeed).get(overlap, config.zero_stage == 3) for config in configs], bool
+            ),
+            tensor=counts([config.tensor_parallel_size for config in configs]),
+            sequence=counts([config.sequence_parallel_size for config in configs]),
+            stages=counts([config.pipeline_parallel_size for config in configs]),
+            stages_of_rank=counts([config.pipeline_stages // config.pipeline_parallel_size for config in configs]),
+            idle=np.array([IDLE[config.pipeline_schedule or "1f1b"] for config in configs]),
+            chunked=np.array([config.loss == "chunked" for config in configs], bool),
+        )
+
+    @classmethod
+    def of_candidates(cls, space: Space, shape: DecoderShape) -> tuple[Self, NDArray[np.int64]]:
+        """Columns of those candidates of a space that can differ in time, and which of them each candidate is like."""
+        overlap = "deepspeed.zero_optimization.overlap_comm"
+        columns = space.columns
+        axes = [axis for axis in space.axes if not axis.startswith("deepspeed.") or axis == overlap]
+        _, firsts, kinds = np.unique(columns.kinds(axes), return_index=True, return_inverse=True)
+
+        def values(axis: str) -> NDArray[Any]:
+            found: NDArray[Any] = np.array(space.axes[axis])[columns[axis][firsts]]
+            return found
+
+        gpus, batch = values("gpus").astype(np.int64), values("micro_batch_size").astype(np.int64)
+        tensor, sequence, stages = (values(f"{kind}_parallel_size").astype(np.int64) for kind in SHARED)
+        schedules = values("pipeline_schedule")
+        layers, checkpointing = len(shape.layers), values("activation_checkpointing")
+        every = np.where(checkpointing == "selective", values("selective_every"), layers)
+        selected = np.where(checkpointing == "selective", np.ceil(layers / every) / layers, 0.0)
+        zero_stage = values("zero_stage").astype(np.int64)
+        overlaps = zero_stage == 3
+        if overlap in axes:
+            overlaps = np.where(columns[overlap][firsts] >= 0, values(overlap).astype(bool), overlaps)
+        trials = cls(
+            engine=values("engine"),
+            precision=values("precision"),
+            attention=values("attention"),
+            offload=values("offload"),
+            gpus=gpus,
+            zero_stage=zero_stage,
+            micro_batch=batch,
+            accumulation=space.workload.global_batch_size // (batch * (gpus // (tensor * sequence * stages))),
+            length=np.full(len(gpus), space.file.workload.sequence_length, np.int64),
+            recomputed=np.where(checkpointing == "full", 1.0, selected),
+            overlaps=overlaps,
+            tensor=tensor,
+            sequence=sequence,
+            stages=stages,
+            stages_of_rank=np.where(stages > 1, [STAGES_PER_RANK[name] for name in schedules.tolist()], 1),
+            idle=np.array([IDLE[name] for name in schedules.tolist()]),
+            chunked=values("loss") == "chunked",
+        )
+        return trials, kinds
+
+    def __getitem__(self, chosen: NDArray[np.bool_]) -> "Trials":
+        return Trials(*(getattr(self, field.name)[chosen] for field in fields(self)))
