@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autotune.errors import UsageError
@@ -37,6 +38,8 @@ def huggingface_config(spec: ModelSpec) -> PretrainedConfig:
 def construct_model(spec: ModelSpec, attention: Attention) -> PreTrainedModel:
     """The causal language model with fp32 parameters, in training mode, wherever the surrounding context puts it.
 
+    Its parameters have no values yet: `write_initial_weights` gives them. Buffers have theirs.
+
     Experts are computed by transformers' default, `grouped_mm`, as under the Trainer: tokens are sorted by expert, so
     that no size depends on which token goes to which.
 
@@ -45,10 +48,12 @@ def construct_model(spec: ModelSpec, attention: Attention) -> PreTrainedModel:
     """
     config = huggingface_config(spec)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     except ValueError as error:
         reason = str(error).split(". ")[0]
         raise UsageError(f"model {spec.name} cannot be built with attention {attention}: {reason}") from error
+    model.tie_weights()  # which is part of the initialisation
     return model.train()
 
 

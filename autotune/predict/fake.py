@@ -6,7 +6,7 @@ happens in the order of a real step, and can be watched by a dispatch mode; `Mem
 find in the trial.
 
 The libraries read data in a few places, or look behind the tensors. Those are answered here, each by what a healthy
-step on real data would see: `_FakeData` and the replacements below. Nothing in the engines knows of it.
+step on real data would see: `FakeData` and the replacements below. Nothing in the engines knows of it.
 """
 
 import os
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers.integrations.deepspeed
 import transformers.masking_utils
 from torch._C._distributed_c10d import _register_comm_hook
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, _BypassDispatchCache, _DispatchCacheKey
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import schedules
 from torch.distributed.tensor._redistribute import _gen_transform_infos
@@ -31,11 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import autotune.modeling.build
 from autotune.engines.engine import Engine, build_engine
+from autotune.predict.fake_mode import CPU, FakeData
 from autotune.spec.outcome import Phase
 from autotune.spec.request import TrialRequest
-
-CPU = torch.device("cpu")
-"""FakeTensors of a device that PyTorch was not built for end the process, so the step runs the kernels of the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,82 +91,9 @@ def fake_trial(request: TrialRequest, observer: TorchDispatchMode, rank: int = 0
         stack.callback(_leave_group, request)
         for owner, name, substitute in _substitutes(request):
             stack.enter_context(_replaced(owner, name, substitute))
-        stack.enter_context(_FakeData())
+        stack.enter_context(FakeData())
         stack.enter_context(observer)
         yield FakeTrial(build_engine(request, CPU), request)
-
-
-class _FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """A `FakeTensorMode` that knows an answer when a value is read, and is quicker about what is asked most.
-
-    Buffers are made real (`build_model`) and become fake when they are moved to the device.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-        # Memory of which tensor became which, by weak references, with which `Module._apply` cannot replace parameters.
-        converter: Any = self.fake_tensor_converter
-        converter.set_tensor_memo = lambda tensor, fake: None
-        self._attributes = dict(vars(FakeTensor(self, torch.empty(0, device="meta"), CPU)), fake_mode=None)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE and isinstance(args[0], FakeTensor):  # autograd asks each tensor: most of all calls
-            return args[0].fake_device
-        if func is _ITEM and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            # Booleans, and DeepSpeed's bytes, ask for trouble (an overflow, a NaN); there is none. Norms are positive.
-            dtype = args[0].dtype
-            return 1.0 if dtype.is_floating_point else int(dtype not in (torch.bool, torch.uint8))
-        return self.dispatch(func, types, args, kwargs)  # without the wrappers around the inherited method
-
-    def _cache_key(self, state: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        """The key under which an operator's result is known, of what matters to strided tensors of fixed size.
-
-        The original covers far more kinds, and takes a third of the time of a trace.
-        """
-        parts = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
-        _add_to_key(parts, args)
-        if kwargs:
-            _add_to_key(parts, [part for item in kwargs.items() for part in item])
-        return _DispatchCacheKey(tuple(parts))
-
-    def _get_output_tensor_from_cache_entry(self, state: Any, entry: Any, key: Any, func: Any, args: Any) -> Any:
-        """A known result, made again. The original does the same in three times the time."""
-        known = entry.metadata
-        if entry.inplace_idx is not None or known is None or known.is_conj or known.is_neg:
-            return super()._get_output_tensor_from_cache_entry(state, entry, key, func, args)
-        meta = torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device="meta")
-        if entry.view_idx is not None:
-            meta.set_(args[entry.view_idx].untyped_storage(), known.storage_offset, known.shape, known.stride)
-        fake = torch.Tensor._make_subclass(
-            FakeTensor, meta, known.requires_grad, dispatch_device=True, device_for_backend_keys=known.device
-        )
-        torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
-        vars(fake).update(self._attributes, fake_mode=self, _fake_device=known.device)
-        return fake
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """False: no wrapper around each call that keeps torch.compile out; nothing is compiled here."""
-        return False
-
-
-def _add_to_key(parts: list[object], args: Any) -> None:
-    parts.append(len(args))
-    for arg in args:
-        if isinstance(arg, FakeTensor) and arg.constant is None and arg.layout is torch.strided:
-            parts += (arg.dtype, arg.shape, arg.stride(), arg.storage_offset(), arg.untyped_storage().nbytes())
-            parts += (arg.fake_device, arg.requires_grad, arg.is_inference())
-        elif isinstance(arg, torch.Tensor):
-            raise _BypassDispatchCache("a tensor of another kind")
-        elif isinstance(arg, (list, tuple)):
-            parts.append(type(arg))
-            _add_to_key(parts, arg)
-        else:
-            parts += (type(arg), arg)  # 1 and 1.0 are equal and mean different things
-
-
-_DEVICE: Any = torch.ops.prim.device.default
-_ITEM: Any = torch.ops.aten._local_scalar_dense.default
 
 
 def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
@@ -194,14 +119,19 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         from autotune.engines import deepspeed as engine
 
         yield engine, "write_partitioned_weights", lambda *args: None
-        yield transformers.PreTrainedModel, "initialize_weights", lambda self: None
+        # Under ZeRO-3 all are gathered to be initialised, whatever the engine asks for.
+        yield transformers.integrations.deepspeed, "initialize_weights_zero3", lambda model: None
         yield coordinator, "assert_ints_same_as_other_ranks", lambda ints: None
+        # Ranks begin with equal weights. Sends each parameter, into itself.
+        yield deepspeed.runtime.engine.DeepSpeedEngine, "_broadcast_model", lambda self: None
         # Names for debugging, by weak references, with which a FakeTensor cannot be replaced in place.
         yield deepspeed.runtime.engine, "debug_extract_module_and_param_names", lambda model: None
         # ZeRO-3 puts its own there and leaves it; the trial ends with its process, and this one goes on to others.
         yield torch.nn.functional, "linear", torch.nn.functional.linear
         # The host's processor decides nothing here.
         yield type(get_accelerator()), "is_fp16_supported", lambda self: True
+        # It asks `numactl`, for each bucket that ZeRO-3 reduces.
+        yield type(get_accelerator()), "device_count", lambda self: request.config.gpus
 
 
 def _on_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,6 +42,7 @@ _SOURCES = (
     "formats/deepspeed_json.py",
     "predict/allocator.py",
     "predict/fake.py",
+    "predict/fake_mode.py",
     "predict/record.py",
     "predict/reserved.py",
     "predict/stream.py",

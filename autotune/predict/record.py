@@ -123,8 +123,8 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
                 self._blocks[at] = (operator, self._double_bytes if size > 0 else -self._double_bytes, block)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # autograd asks each tensor: most of all calls
-            return func(*args)
+        if func is _DEVICE:  # autograd asks each tensor: most of all calls
+            return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)
         self._operator = _name(func)
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, torch.Tensor):
@@ -178,6 +178,9 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
         number = self._numbers.pop(key)
         if size:
             self._blocks.append(("free", -size, number))
+
+
+_DEVICE: Any = torch.ops.prim.device.default
 
 
 @functools.cache

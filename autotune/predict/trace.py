@@ -1,6 +1,8 @@
 """Traces the step of one structure: the engine's own, of a shallow model and on fake tensors."""
 
+import functools
 import gc
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +31,7 @@ from autotune.predict.stream import (
     StructureError,
     Trace,
 )
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import Attention, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Phase
 from autotune.spec.prediction import Part
@@ -90,7 +92,7 @@ def _trace_layers(model: ModelSpec, config: TrialConfig, *, accumulates: bool, r
     if depth <= MAX_WHOLE_LAYERS:
         return _whole(record(depth, TRACED_BATCH, TRACED_LENGTH))
     config, update_share = _all_at_once(model, config)
-    period = _period(layer_kinds(model, config.attention))
+    period = _period(json.dumps(model.config, sort_keys=True), config.attention)
     # FSDP2 works on a layer at a time; without replicas there are no buckets either.
     alone = config.model_parallel_size > 1 and config.replicas == 1
     by_layer = config.engine == "pytorch" and (config.zero_stage > 0 or alone)
@@ -351,8 +353,10 @@ def _naming(engine: Inspectable, recorder: Recorder, on_phase: Callable[[Phase],
     return told
 
 
-def _period(kinds: list[object]) -> int:
-    """After how many layers the kinds repeat; all of them where they never do."""
+@functools.lru_cache
+def _period(model: str, attention: Attention) -> int:
+    """After how many layers of a model, its config as JSON, their kinds repeat; all of them where they never do."""
+    kinds = layer_kinds(ModelSpec(name="traced", config=json.loads(model)), attention)
     return next(period for period in range(1, len(kinds) + 1) if kinds[period:] == kinds[:-period])
 
 
