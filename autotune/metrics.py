@@ -34,7 +34,7 @@ import ray
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from autotune.spec.outcome import Measurement, Outcome
+from autotune.spec.outcome import FailureKind, Measurement, Outcome
 from autotune.study import Attempt, Study
 
 USES = ("measuring", "starting", "out_of_memory", "failed", "idle")
@@ -95,6 +95,8 @@ class GpuTime:
             measuring = min(used, gpus * outcome.phase_seconds.get("measure", 0.0))
             self.totals["measuring"] += measuring
             self.totals["starting"] += used - measuring
+        elif outcome.kind is FailureKind.STOPPED_EARLY:
+            self.totals["measuring"] += used
         else:
             self.totals["out_of_memory" if outcome.kind.is_memory else "failed"] += used
 

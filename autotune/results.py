@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from autotune.spec.config import TrialConfig
@@ -50,12 +51,34 @@ class Counts:
     failed: int
     interrupted: int
     """Cut off and not finished since."""
+    stopped_early: int = 0
     running: int = 0
 
     @property
     def finished(self) -> int:
         """Trials whose outcome stands."""
-        return self.complete + self.out_of_memory + self.failed
+        return self.complete + self.out_of_memory + self.stopped_early + self.failed
+
+
+class Use(StrEnum):
+    """What GPU-seconds went into."""
+
+    SCREENING = "screening"
+    CONFIRMING = "confirming"
+    STOPPED_EARLY = "stopped_early"
+    OUT_OF_MEMORY = "out_of_memory"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+def use_of(outcome: Outcome, *, confirming: bool) -> Use:
+    """What an attempt of that outcome used its GPUs for."""
+    if isinstance(outcome, Measurement):
+        return Use.CONFIRMING if confirming else Use.SCREENING
+    if outcome.kind.is_memory:
+        return Use.OUT_OF_MEMORY
+    named = {FailureKind.STOPPED_EARLY: Use.STOPPED_EARLY, FailureKind.INTERRUPTED: Use.INTERRUPTED}
+    return named.get(outcome.kind, Use.FAILED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,10 +215,12 @@ def count(outcomes: Iterable[Outcome], interrupted: int = 0, running: int = 0) -
     listed = list(outcomes)
     failures = [outcome for outcome in listed if isinstance(outcome, Failure)]
     memory = sum(failure.kind.is_memory for failure in failures)
+    stopped = sum(failure.kind is FailureKind.STOPPED_EARLY for failure in failures)
     return Counts(
         complete=len(listed) - len(failures),
         out_of_memory=memory,
-        failed=len(failures) - memory,
+        failed=len(failures) - memory - stopped,
+        stopped_early=stopped,
         interrupted=interrupted,
         running=running,
     )

@@ -22,6 +22,7 @@ from autotune.results import (
     Counts,
     Ledger,
     Result,
+    Use,
     attempted_outcomes,
     count,
     eligible,
@@ -30,6 +31,7 @@ from autotune.results import (
     ledger,
     must_run_alone,
     standing_outcome,
+    use_of,
 )
 from autotune.space.space import Space, stored_space
 from autotune.spec.config import TrialConfig
@@ -131,7 +133,9 @@ class Study:
         self._confirming: list[Run] = []
         self._screened: str | None = None
         self._verdict: tuple[tuple[int, int], Verdict | None] | None = None
-        self._spent_gpu_seconds = 0.0
+        self.gpu_seconds_by_use = dict.fromkeys(Use, 0.0)
+        """GPUs x seconds that finished attempts held, over all runs of the study."""
+        self._enough: str | None = None
         self._started = time.monotonic()
         baseline = space.baseline
         for trial in trials:
@@ -144,8 +148,9 @@ class Study:
                 for attempt in trial.attempts
                 if attempt.turn is not None and attempt.state is not AttemptState.RUNNING
             ]
-            ended = [ended_outcome(attempt) for attempt in trial.attempts if attempt.state is not AttemptState.RUNNING]
-            self._spent_gpu_seconds += sum(o.elapsed_seconds for o in ended) * trial.config.gpus
+            for attempt in trial.attempts:
+                if attempt.state is not AttemptState.RUNNING:
+                    self._charge(trial.config, ended_outcome(attempt), attempt.turn)
             if trial.config not in space and trial.config != baseline:
                 self._outside.add(trial.config)
             elif not self.settled(trial.config):
@@ -251,6 +256,21 @@ class Study:
             observer.started(attempt)
         return attempt
 
+    def stop_at(self, expected_gain: float | None) -> bool:
+        """Whether another trial is not worth its GPUs, by what the sampler expects of the best one, as a ratio.
+
+        It is believed once `stop_after` trials are finished: a posterior that has seen few is surer than it should be.
+        Then nothing more is screened by this process.
+        """
+        budget = self.space.file.budget
+        if expected_gain is None or self.counts.finished < budget.stop_after:
+            return False
+        if expected_gain < budget.stop_below_gain and not self._running:
+            self._enough = (
+                f"another trial promises a gain of {expected_gain:.2%}, less than {budget.stop_below_gain:.2%}"
+            )
+        return expected_gain < budget.stop_below_gain
+
     def explain(self, config: TrialConfig, proposal: dict[str, float | int | None]) -> None:
         """Keep why a config that is about to run was proposed, with its prediction, if it has one."""
         if self.forecast is not None and config not in self._numbers:
@@ -264,7 +284,7 @@ class Study:
             outcome = replace(outcome, elapsed_seconds=time.monotonic() - self._since[attempt.id])
         self._store.finish_attempt(attempt.id, outcome)
         del self._running[attempt.id], self._since[attempt.id]
-        self._spent_gpu_seconds += outcome.elapsed_seconds * attempt.config.gpus
+        self._charge(attempt.config, outcome, attempt.turn)
         if attempt.turn is not None:
             self._confirming.append(Run(attempt.trial, attempt.turn, outcome))
         else:
@@ -305,7 +325,7 @@ class Study:
         budget = self.space.file.budget
         if self.counts.finished + len(self._being_screened) >= budget.trials:
             return f"{budget.trials} trials"
-        return self._screened or self.spent or self._spent(*self._confirmation_cost())
+        return self._screened or self._enough or self.spent or self._spent(*self._confirmation_cost())
 
     @property
     def spent(self) -> str | None:
@@ -381,7 +401,10 @@ class Study:
         # Of several that run, some may wait for their GPUs; together they hold no more than there are.
         longest = max((seconds for seconds, _ in held), default=0.0)
         running = min(sum(s * gpus for s, gpus in held), longest * self.space.cluster.total_gpus)
-        return self._spent_gpu_seconds + running
+        return sum(self.gpu_seconds_by_use.values()) + running
+
+    def _charge(self, config: TrialConfig, outcome: Outcome, turn: Turn | None) -> None:
+        self.gpu_seconds_by_use[use_of(outcome, confirming=turn is not None)] += outcome.elapsed_seconds * config.gpus
 
     @property
     def results(self) -> list[Result]:

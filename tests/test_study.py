@@ -1,5 +1,6 @@
 """The loop: what is run next, what is run again, when it ends, what is best. On a real SQLite store."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,63 @@ def test_observers_hear_of_every_attempt_in_order(tmp_path: Path, store: SqlStor
     study.observers.append(Listener())
     drive(study)
     assert heard == [("started", 1), ("finished", 1), ("started", 2), ("finished", 2)]
+
+
+def test_gpu_seconds_are_told_by_what_they_went_into(tmp_path: Path, store: SqlStore) -> None:
+    outcomes: Iterator[Outcome] = iter(
+        [
+            measurement(100.0),
+            failure(),
+            failure(FailureKind.CRASH),
+            failure(FailureKind.CRASH),
+            failure(FailureKind.STOPPED_EARLY, most_tokens_per_second_per_gpu=50.0),
+        ]
+    )
+    space = sample_space(tmp_path, budget={"trials": 4})
+    study = Study.open(space, store)
+    drive(study, lambda _: next(outcomes))
+    for seen in (study, Study.open(space, store)):
+        spent = {use.value: seconds for use, seconds in seen.gpu_seconds_by_use.items() if seconds}
+        assert spent == {"screening": 4.0, "out_of_memory": 2.0, "failed": 4.0, "stopped_early": 2.0}
+        assert seen.gpu_seconds == 12.0
+        counts = seen.counts
+        assert (counts.complete, counts.out_of_memory, counts.failed, counts.stopped_early) == (1, 1, 1, 1)
+        assert counts.finished == 4
+
+
+def test_what_runs_counts_and_no_more_than_there_are_gpus(tmp_path: Path, store: SqlStore) -> None:
+    study = Study.open(sample_space(tmp_path), store)
+    for _ in range(3):
+        study.next_attempt(in_order(study))
+    time.sleep(0.05)
+    assert 2 * 0.05 <= study.gpu_seconds <= 2 * 5  # three trials of two GPUs, of which there are two
+
+
+def test_a_trial_that_was_stopped_early_never_wins(tmp_path: Path, store: SqlStore) -> None:
+    early = failure(FailureKind.STOPPED_EARLY, most_tokens_per_second_per_gpu=5000.0, peak_device_used_bytes=MIB)
+    outcomes: Iterator[Outcome] = iter([early, measurement(100.0)])
+    study = Study.open(sample_space(tmp_path, budget={"trials": 2}), store)
+    drive(study, lambda _: next(outcomes))
+    best = study.best()
+    assert best is not None
+    assert best.trial == 2
+
+
+def test_little_to_gain_ends_the_search_once_enough_was_seen(tmp_path: Path, store: SqlStore) -> None:
+    space = sample_space(tmp_path, budget={"trials": 50, "stop_below_gain": 0.01, "stop_after": 4})
+    study = Study.open(space, store)
+    drive(study, limit=3)
+    assert not study.stop_at(0.0001)
+    running = study.next_attempt(in_order(study))
+    assert running is not None
+    study.record(running, simulate(running.config))
+    assert not study.stop_at(0.02)
+    assert not study.stop_at(None)
+    another = study.next_attempt(in_order(study))
+    assert another is not None
+    assert study.stop_at(0.002)
+    assert study.stop_reason is None  # what runs may still change it
+    study.record(another, simulate(another.config))
+    assert study.stop_at(0.002)
+    assert study.stop_reason == "another trial promises a gain of 0.20%, less than 1.00%"
+    assert study.next_attempt(in_order(study)) is None

@@ -130,10 +130,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_last_line_is_the_result(run: Run) -> None:
     assert run.final.returncode == 0, run.final.stderr
     assert set(run.result) == {
-        "study", "trials", "best", "baseline", "confirmation", "prediction", "artifacts",
+        "study", "trials", "stop_reason", "gpu_seconds", "best", "baseline", "confirmation", "prediction", "artifacts",
     }  # fmt: skip
     assert run.result["study"] == "tiny-cpu"
-    assert run.result["trials"]["complete"] >= 8
+    counts = run.result["trials"]
+    assert counts["complete"] + counts["stopped_early"] == TRIALS
+    assert counts["complete"] >= 3
+    assert run.result["stop_reason"] == f"{TRIALS} trials"
+    assert run.result["gpu_seconds"]["confirming"] > 0
+    assert run.result["gpu_seconds"]["out_of_memory"] == 0
     # About a third of the candidates do not fit, and none of those was launched.
     assert run.result["trials"]["out_of_memory"] == 0
     assert run.result["prediction"]["measured"] == run.result["trials"]["complete"]
@@ -192,7 +197,7 @@ def test_the_winner_is_confirmed_in_turns_also_across_a_stop(run: Run) -> None:
 def test_show_lists_config_outcome_and_timings(run: Run) -> None:
     for trial in trials(run.store):
         assert trial["config"]["micro_batch_size"] >= 1
-        assert trial["outcome"]["outcome"] == "measurement"
+        assert trial["outcome"].get("kind", "stopped_early") == "stopped_early"
         assert trial["outcome"]["elapsed_seconds"] > 0
         assert all(attempt["started_at"] for attempt in trial["attempts"])
         assert set(trial["outcome"]["phase_seconds"]) == {"start", "build", "warmup", "measure"}

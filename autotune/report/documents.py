@@ -15,6 +15,8 @@ def study_document(study: Study, artifacts: dict[str, Path]) -> dict[str, Any]:
     return {
         "study": study.space.name,
         "trials": counts_document(study.counts),
+        "stop_reason": study.stop_reason,
+        "gpu_seconds": {use.value: seconds for use, seconds in study.gpu_seconds_by_use.items()},
         "best": None if best is None else best_document(best),
         "baseline": None if baseline is None else baseline.to_dict(),
         "confirmation": None if study.verdict is None else verdict_document(study.verdict),
@@ -72,6 +74,7 @@ def counts_document(counts: Counts) -> dict[str, int]:
     return {
         "complete": counts.complete,
         "out_of_memory": counts.out_of_memory,
+        "stopped_early": counts.stopped_early,
         "failed": counts.failed,
         "interrupted": counts.interrupted,
     }

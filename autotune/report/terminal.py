@@ -17,9 +17,9 @@ from rich.text import Text
 
 from autotune.confirmation import ROUNDS
 from autotune.report.verdict import confirmation_text, gain_text, notes, speed_text
-from autotune.results import Result
+from autotune.results import Counts, Result
 from autotune.space.space import Space
-from autotune.spec.outcome import Failure, Measurement, Outcome
+from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome
 from autotune.spec.prediction import Prediction
 from autotune.spec.record import TrialRecord
 from autotune.study import Attempt, Study
@@ -59,6 +59,9 @@ def outcome_text(outcome: Outcome) -> Text:
     """An outcome in a few words."""
     if isinstance(outcome, Measurement):
         return Text(f"{format_rate(outcome.tokens_per_second_per_gpu):>7} tokens/s/GPU", "green")
+    if outcome.kind is FailureKind.STOPPED_EARLY:
+        most = format_rate(outcome.most_tokens_per_second_per_gpu or 0.0)
+        return Text(f"stopped early, at most {most} tokens/s/GPU", "dim")
     style = "yellow" if outcome.kind.is_memory else "red"
     return Text(outcome.kind.value.replace("_", " "), style)
 
@@ -72,6 +75,8 @@ def memory_text(outcome: Outcome) -> str:
             f"in {outcome.phase.value}" if outcome.rank is None else f"in {outcome.phase.value}, rank {outcome.rank}"
         )
         return f"+{format_bytes(outcome.requested_bytes)} {where}" if outcome.requested_bytes else where
+    if outcome.peak_device_used_bytes is not None:
+        return format_bytes(outcome.peak_device_used_bytes)
     return outcome.phase.value
 
 
@@ -136,6 +141,23 @@ def why_text(trial: TrialRecord) -> str:
     )
     words.append(f"by expected speed it was number {found['rank_by_throughput']} of those not yet launched")
     return ", ".join(words) + "."
+
+
+def counts_text(counts: Counts) -> str:
+    """Finished trials by what became of them."""
+    words = f"{counts.complete} complete, {counts.out_of_memory} out of memory, {counts.failed} failed"
+    return f"{words}, {counts.stopped_early} stopped early" if counts.stopped_early else words
+
+
+def cost_text(study: Study) -> str:
+    """What the study cost, over all its runs, and what that went into."""
+    spent = study.gpu_seconds_by_use
+    parts = [f"{use.value.replace('_', ' ')} {_gpu_time(seconds)}" for use, seconds in spent.items() if seconds]
+    return f"{_gpu_time(sum(spent.values()))}: {', '.join(parts)}"
+
+
+def _gpu_time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} GPU-hours" if seconds >= 3600 else f"{seconds / 60:.1f} GPU-minutes"
 
 
 def ledger_text(study: Study) -> str:
@@ -206,7 +228,12 @@ class Progress:
         ]
         if not self._study.settled(attempt.config):
             words.append("(runs again)")
-        if isinstance(outcome, Failure) and not outcome.kind.is_memory:
+        told = (
+            outcome.kind.is_memory or outcome.kind is FailureKind.STOPPED_EARLY
+            if isinstance(outcome, Failure)
+            else True
+        )
+        if isinstance(outcome, Failure) and not told:
             words.append(f"({' '.join(outcome.message.split())[:200]})")
         self._console.print(Text(" ".join(words)), soft_wrap=True)
 
@@ -283,7 +310,7 @@ class Tracing:
 def result_panel(study: Study, artifacts: dict[str, Path]) -> RenderableType:
     """The verdict and where the files are."""
     best, counts = study.best(), study.counts
-    summary = f"{counts.complete} complete, {counts.out_of_memory} out of memory, {counts.failed} failed"
+    summary = counts_text(counts)
     summary += f" in {format_seconds(study.elapsed_seconds)}"
     if best is None:
         return Panel(Text(f"No trial is eligible. {summary}."), title="nothing found", border_style="yellow")
@@ -299,6 +326,9 @@ def result_panel(study: Study, artifacts: dict[str, Path]) -> RenderableType:
     rows.append(("confirmed", confirmation_text(study)))
     rows += [("", note) for note in notes(study)]
     rows.append(("trials", summary))
+    if study.stop_reason is not None:
+        rows.append(("ended", study.stop_reason))
+    rows.append(("cost", cost_text(study)))
     if study.forecast is not None and len(study.worth_a_launch) < len(study.space.candidates):
         refused = len(study.space.candidates) - len(study.worth_a_launch)
         rows.append(("refused", f"{refused} candidates, predicted to run out of memory"))

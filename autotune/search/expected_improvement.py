@@ -232,7 +232,7 @@ class _View:
         self.best_throughput = max(eligible, default=None)
 
         timed, sized = self._timed(observed), self._sized(observed)
-        tried = [one for one in observed if one.failed or one.throughput is not None]
+        tried = [one for one in observed if one.failed or one.throughput is not None or one.at_most is not None]
         self._set_rows(timed, sized, np.array([one.candidate for one in tried], np.int64))
         cross = search._correlation(self._at, self._at).astype(float)
         of_time, of_size = np.ix_(self._of_time, self._of_time), np.ix_(self._of_size, self._of_size)

@@ -69,7 +69,12 @@ class PlanSampler(BaseSampler):
         # Where nothing says how fast candidates are, what was measured says it of all alike.
         speeds = [one.throughput for one in observed if one.throughput is not None]
         scale = 1.0 if self._timed or not speeds else float(np.exp(np.mean(np.log(speeds))))
-        observed = [replace(one, throughput=one.throughput and one.throughput / scale) for one in observed]
+        observed = [
+            replace(
+                one, throughput=one.throughput and one.throughput / scale, at_most=one.at_most and one.at_most / scale
+            )
+            for one in observed
+        ]
         pending = [at for config in self._study.unsettled if (at := self._place(config)) is not None]
         # Many small triangular systems: threads would wait for each other longer than they work.
         with self._libraries.limit(limits=1, user_api="blas"):
@@ -114,6 +119,14 @@ def observation(candidate: int, outcome: Outcome) -> Observed | None:
             throughput=outcome.tokens_per_second_per_gpu,
             peak_bytes=float(outcome.peak_device_used_bytes),
             peak_deviation=RESERVED_DEVIATION if cached else MEMORY_NOISE,
+        )
+    if outcome.kind is FailureKind.STOPPED_EARLY:
+        peak = outcome.peak_device_used_bytes
+        return Observed(
+            candidate=candidate,
+            at_most=outcome.most_tokens_per_second_per_gpu,
+            peak_bytes=None if peak is None else float(peak),
+            peak_deviation=RESERVED_DEVIATION,
         )
     if outcome.kind is FailureKind.OUT_OF_MEMORY:
         return Observed(candidate=candidate, ran_out=True)

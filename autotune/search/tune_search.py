@@ -7,7 +7,7 @@ what really runs and stores what came of it.
 import dataclasses
 import json
 import random
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import optuna
 from optuna.distributions import CategoricalDistribution
@@ -18,8 +18,8 @@ from ray.tune.search.optuna import OptunaSearch
 from autotune.confirmation import ROUNDS
 from autotune.results import UNSTABLE
 from autotune.search.distributions import distributions
-from autotune.search.plan_sampler import PlanSampler
-from autotune.space.space import NOT_APPLICABLE, Space
+from autotune.search.expected_improvement import Proposal
+from autotune.space.space import NOT_APPLICABLE
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase, outcome_from_dict
 from autotune.study import Attempt, Study
@@ -28,12 +28,23 @@ OBJECTIVE = "objective"
 MEMORY_CONSTRAINT = "memory"
 PATIENCE = 3.0
 """How many times as long as by its screening a run that confirms may take for its steps."""
+HOPELESS = 1.25
+"""A trial whose optimizer step surely takes longer than that of the best so far, by this factor at equal tokens per
+GPU, is ended early."""
 MAX_REDRAWS = 20
 """Illegal, known or too big proposals that are redrawn before any untried candidate is taken at random."""
 
 
-def order(attempt: Attempt, space: Space) -> dict[str, Any]:
+@runtime_checkable
+class Explains(Protocol):
+    """A sampler that says what it expects of its last proposal; `PlanSampler` does."""
+
+    proposal: Proposal | None
+
+
+def order(attempt: Attempt, study: Study) -> dict[str, Any]:
     """An attempt as Ray Tune hands it to the trainable."""
+    space = study.space
     found: dict[str, Any] = {"attempt": attempt.id, "trial": attempt.trial, "config": attempt.config.to_dict()}
     if attempt.turn is not None:
         measure, first = space.file.measure, attempt.turn.round == 1
@@ -42,6 +53,9 @@ def order(attempt: Attempt, space: Space) -> dict[str, Any]:
         # Whole steps of a slow baseline take longer than any trial may.
         expected = (steps + 1) * (attempt.expected_step_seconds or 0.0)
         found["more_seconds"] = PATIENCE * expected
+    elif attempt.source != "baseline" and (best := study.best()) is not None:
+        tokens = space.workload.tokens_per_step(attempt.config) / attempt.config.gpus
+        found["most_step_seconds"] = HOPELESS * tokens / best.measurement.tokens_per_second_per_gpu
     return found
 
 
@@ -82,7 +96,7 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
         if attempt is None:
             return str(Searcher.FINISHED)
         self._attempts[trial_id] = attempt
-        return order(attempt, self._tune_space)
+        return order(attempt, self._study)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: a trial reports once, at its end."""
@@ -127,11 +141,15 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
     def _propose(self) -> TrialConfig | None:
         for _ in range(MAX_REDRAWS):
             trial = self._ot_study.ask(self._distributions)
+            proposal = self._chooser.proposal if isinstance(self._chooser, Explains) else None
+            if proposal is not None and self._study.stop_at(proposal.expected_gain):
+                self._ot_study.tell(trial, state=TrialState.FAIL)
+                return None
             config = self._config(trial.params)
             if self._is_new(config):
                 self._drawn = trial
-                if isinstance(self._chooser, PlanSampler) and self._chooser.proposal is not None:
-                    self._study.explain(config, dataclasses.asdict(self._chooser.proposal))
+                if proposal is not None:
+                    self._study.explain(config, dataclasses.asdict(proposal))
                 return config
             # FAIL is the one state that no sampler learns from.
             self._ot_study.tell(trial, state=TrialState.FAIL)
@@ -203,4 +221,7 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
             return worst, 0.5
         if outcome.kind is FailureKind.TIMEOUT:
             return worst, 0.0
+        if outcome.kind is FailureKind.STOPPED_EARLY:
+            over = (outcome.peak_device_used_bytes or 0) / self._tune_space.usable_bytes - 1
+            return outcome.most_tokens_per_second_per_gpu, over
         return None, 0.0

@@ -153,6 +153,10 @@ class BudgetFile(_Strict):
     minutes: Annotated[Real, Field(gt=0)] | None = None
     gpu_hours: Annotated[Real, Field(gt=0)] | None = None
     trial_seconds: Annotated[Real, Field(gt=0)] = 600.0
+    stop_below_gain: Annotated[Real, Field(ge=0, lt=1)] = 0.001
+    """The search ends when the best candidate left promises less than this, as a ratio of the best so far; 0: never."""
+    stop_after: PositiveInt = 12
+    """But not before so many trials are finished."""
 
 
 class MeasureFile(_Strict):

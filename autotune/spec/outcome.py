@@ -15,6 +15,8 @@ class FailureKind(StrEnum):
     """The deadline passed while the trial still made progress."""
     HANG = "hang"
     """No rank made progress."""
+    STOPPED_EARLY = "stopped_early"
+    """It could not have become the fastest any more, so it was ended."""
     NON_FINITE_LOSS = "non_finite_loss"
     INVALID_CONFIG = "invalid_config"
     """The library refused the config."""
@@ -114,6 +116,8 @@ class RankMeasurement:
     """Versions and device name, see `autotune.trial.environment`."""
     long_run: LongRun | None = None
     """None in a screening run."""
+    stopped_early: bool = False
+    """Whether the ranks agreed that the config is too slow, and left the remaining micro-steps out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +173,10 @@ class Failure:
     rank: int | None = None
     """The first rank that failed; None when it was not a rank."""
     requested_bytes: int | None = None
+    most_tokens_per_second_per_gpu: float | None = None
+    """Of a trial that was stopped early: it would not have been faster than this."""
+    peak_device_used_bytes: int | None = None
+    """Of a trial that was stopped early, after a full warm-up: its peak, as `Measurement` has it."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     elapsed_seconds: float = 0.0
     log_path: str | None = None

@@ -23,6 +23,8 @@ class TrialRequest:
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     long_run: LongRunSettings | None = None
     """Measure whole optimizer steps instead, to confirm the config; None: screen it."""
+    most_step_seconds: float | None = None
+    """A trial whose optimizer step surely takes longer is ended early; None: none is."""
     memory_limit_bytes: int | None = None
     """CPU only: live tensor bytes a rank may hold before it runs out of memory."""
     timeout_seconds: float = 600.0

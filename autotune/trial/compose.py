@@ -1,11 +1,32 @@
-"""What the ranks measured -> `Measurement`."""
+"""What the ranks measured -> `Measurement`, or how fast the config is at most where they stopped early."""
 
 import statistics
 from collections.abc import Sequence
 
 from autotune.spec.cluster import GpuSpec
-from autotune.spec.outcome import Measurement, RankMeasurement
+from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase, RankMeasurement
 from autotune.spec.request import TrialRequest
+
+OPTIMISM = 0.1
+"""By how much faster than the fastest so far a micro-step may still turn out, as a ratio."""
+
+
+def conclude(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSpec) -> Outcome:
+    """What ranks that all delivered have found out: a measurement, or that they were stopped early."""
+    if not any(rank.stopped_early for rank in ranks):
+        return compose(ranks, request, gpu)
+    config = request.config
+    accumulation = request.workload.micro_steps(config)
+    least = max(least_step_seconds(r.micro_step_seconds, r.update_step_seconds, accumulation) for r in ranks)
+    most = request.workload.tokens_per_step(config) / least / config.gpus
+    return Failure(
+        kind=FailureKind.STOPPED_EARLY,
+        phase=Phase.FORWARD,
+        message=f"an optimizer step takes at least {least:.3g} s, too long to become the fastest",
+        most_tokens_per_second_per_gpu=most,
+        peak_device_used_bytes=max(rank.peak_device_used_bytes for rank in ranks),
+        phase_seconds=slowest([rank.phase_seconds for rank in ranks]),
+    )
 
 
 def compose(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSpec) -> Measurement:
@@ -40,6 +61,16 @@ def compose(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSpe
         phase_seconds=slowest([rank.phase_seconds for rank in ranks]),
         ranks=tuple(ranks),
     )
+
+
+def least_step_seconds(micro_steps: Sequence[float], updates: Sequence[float], accumulation: int) -> float:
+    """An optimizer step is hardly shorter than this, by what was timed so far; 0.0 where that says nothing.
+
+    (g - 1) of the fastest accumulating micro-step and one of the fastest that updates, which takes no less than one
+    that accumulates; all faster by `OPTIMISM` still. A first sample that was slow by chance is so believed less.
+    """
+    micro = min(micro_steps, default=0.0)
+    return (1 - OPTIMISM) * ((accumulation - 1) * micro + min(updates, default=micro))
 
 
 def slowest(phase_seconds: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -47,6 +47,7 @@ class Samples:
     micro_step_seconds: list[float] = field(default_factory=list)
     update_step_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    stopped_early: bool = False
 
 
 def run_micro_steps(
@@ -59,6 +60,7 @@ def run_micro_steps(
     barrier: Callable[[], None],
     on_phase: Callable[[Phase], None],
     after_sample: Callable[[], None] = lambda: None,
+    hopeless: Callable[[Samples], bool] = lambda samples: False,
 ) -> Samples:
     """Run the micro-steps of a plan and time each, from the moment every rank is ready to the device's last kernel.
 
@@ -71,13 +73,15 @@ def run_micro_steps(
         barrier: waits for all ranks, so that none is charged for another's lateness in the sample before.
         on_phase: told before each phase.
         after_sample: called after each micro-step, not timed.
+        hopeless: asked after each micro-step but the last, not timed; whether to leave out the rest. Must say the same
+            on every rank.
 
     Raises:
         NonFiniteLossError: a loss is NaN or infinite.
     """
     samples = Samples()
     step, micro_step = first_step, 0
-    for boundary in plan:
+    for number, boundary in enumerate(plan, 1):
         input_ids = batch(step, micro_step)
         barrier()
         synchronize()
@@ -99,5 +103,8 @@ def run_micro_steps(
             )
         del loss, input_ids  # else the last graph's leftovers count in the next sample's peak
         after_sample()
+        if number < len(plan) and hopeless(samples):
+            samples.stopped_early = True
+            break
         step, micro_step = (step + 1, 0) if boundary else (step, micro_step + 1)
     return samples

@@ -21,7 +21,7 @@ from autotune.spec.cluster import ClusterSpec
 from autotune.spec.outcome import Failure, FailureKind, Outcome, RankFailure
 from autotune.spec.request import DeviceType, TrialRequest
 from autotune.trial.build_cache import VARIABLE
-from autotune.trial.compose import compose, slowest
+from autotune.trial.compose import conclude, slowest
 from autotune.trial.failure import describe, is_collective_timeout
 from autotune.trial.gang import log_end, log_tail, wait_for
 from autotune.trial.host_memory import oom_kills
@@ -136,7 +136,7 @@ class _Gang:
         """What the trial found out: this failure, or what the ranks measured."""
         path = log_path(self._log_dir, self._request.trial_id, failure.rank or 0 if failure else 0)
         if failure is None:
-            measured = compose([rank.measurement for rank in self.ranks if rank.measurement], self._request, self._gpu)
+            measured = conclude([rank.measurement for rank in self.ranks if rank.measurement], self._request, self._gpu)
             return replace(measured, log_path=path)
         seconds = slowest([rank.phase_seconds for rank in self.ranks])
         return Failure(

@@ -23,7 +23,7 @@ from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase
 from autotune.spec.request import TrialRequest
 from autotune.spec.workload import LongRunSettings
-from autotune.trial.compose import compose
+from autotune.trial.compose import conclude
 from autotune.trial.failure import describe, is_collateral
 from autotune.trial.pool import ENGINE, READY_SECONDS, GangResult, NodePool
 
@@ -166,6 +166,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
             config=config,
             trial_id=trial_id,
             long_run=None if long_run is None else LongRunSettings(**long_run),
+            most_step_seconds=self._trial.get("most_step_seconds"),
             timeout_seconds=self._template.timeout_seconds + self._trial.get("more_seconds", 0.0),
         )
         outcome = self._run(request)
@@ -254,7 +255,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
         if failures:
             return verdict(failures)
         ranks = tuple(sorted((rank for result in results for rank in result.ranks), key=lambda rank: rank.rank))
-        measured = compose(ranks, request, self._cluster.gpu)
+        measured = conclude(ranks, request, self._cluster.gpu)
         return dataclasses.replace(measured, log_path=results[0].log_path)
 
     def _failure_of(self, reference: Any, results: list[GangResult], log_path: str) -> Failure | None:

@@ -16,6 +16,7 @@ from autotune.spec.outcome import Phase, RankMeasurement
 from autotune.spec.request import TrialRequest
 from autotune.spec.workload import LongRunSettings
 from autotune.trial.child import CHECKPOINT, Reporter, Seat
+from autotune.trial.compose import least_step_seconds
 from autotune.trial.device_memory import DeviceMemory, await_free_device, device_memory
 from autotune.trial.environment import environment
 from autotune.trial.gpu_health import NoWatch, watch_gpu
@@ -68,7 +69,7 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
         measured, long = Samples(), None
         if request.long_run is None:
             plan = measure_plan(run.accumulation, request.measure.micro_steps)
-            measured = run.micro_steps(plan, first_step=request.measure.warmup)
+            measured = run.micro_steps(plan, first_step=request.measure.warmup, hopeless=run.is_hopeless)
         else:
             steps, evaluation_seconds = run.whole_steps(request.long_run)
             measured = Samples(losses=steps.losses)
@@ -94,6 +95,7 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
         phase_seconds=reporter.phase_seconds,
         environment=environment(request.device),
         long_run=long,
+        stopped_early=measured.stopped_early,
     )
 
 
@@ -148,7 +150,9 @@ class _Run:
         self._memory, self._enter_phase = memory, enter_phase
         self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    def micro_steps(self, plan: tuple[bool, ...], first_step: int) -> Samples:
+    def micro_steps(
+        self, plan: tuple[bool, ...], first_step: int, hopeless: Callable[[Samples], bool] = lambda samples: False
+    ) -> Samples:
         """See `autotune.trial.measure.run_micro_steps`."""
         return run_micro_steps(
             self._engine,
@@ -159,7 +163,18 @@ class _Run:
             barrier=dist.barrier,
             on_phase=self._enter_phase,
             after_sample=self._memory.sample,
+            hopeless=hopeless,
         )
+
+    def is_hopeless(self, samples: Samples) -> bool:
+        """Whether some rank alone is too slow already: a step is as long as on the slowest. All ranks ask together."""
+        limit = self._request.most_step_seconds
+        if limit is None:
+            return False
+        least = least_step_seconds(samples.micro_step_seconds, samples.update_step_seconds, self.accumulation)
+        verdict = torch.tensor(float(least > limit), device=self._device)
+        dist.all_reduce(verdict, dist.ReduceOp.MAX)
+        return bool(verdict.item())
 
     def whole_steps(self, settings: LongRunSettings) -> tuple[WholeSteps, float | None]:
         """The steps, and the seconds of the evaluation pass if there is one."""

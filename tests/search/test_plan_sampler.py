@@ -71,12 +71,24 @@ def test_it_comes_near_the_optimum_in_a_few_launches(tmp_path: Path, store: SqlS
 
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_every_candidate_that_may_fit_is_run_once(tmp_path: Path, store: SqlStore, at_once: int) -> None:
-    space = conditional_space(tmp_path, budget={"trials": 1000})
+    space = conditional_space(tmp_path, budget={"trials": 1000, "stop_below_gain": 0})
     plan = a_plan(space)
     study = Study.open(space, store, plan)
     configs = drive(a_search(study, plan), at_once=at_once)
     assert len(configs) == len(set(configs))
     assert set(configs) == {space.candidates[int(at)] for at in study.worth_a_launch}
+
+
+def test_it_ends_when_little_is_left_to_gain_and_says_so(tmp_path: Path, store: SqlStore) -> None:
+    space = sample_space(tmp_path, baseline=..., budget={"trials": 1000, "stop_below_gain": 0.01, "stop_after": 6})
+    plan = a_plan(space)
+    study = Study.open(space, store, plan)
+    launched = drive(a_search(study, plan), at_once=2)
+    assert 6 <= len(launched) < len(study.worth_a_launch)
+    assert "another trial promises a gain of" in str(study.stop_reason)
+    best = study.best()
+    assert best is not None
+    assert best.measurement.tokens_per_second_per_gpu >= 0.95 * best_of(space)
 
 
 def test_a_resumed_study_goes_on_from_what_is_stored(tmp_path: Path, store: SqlStore) -> None:
@@ -92,6 +104,11 @@ def test_what_outcomes_teach() -> None:
     seen = observation(3, measurement(used_bytes=50 * MIB))
     assert seen is not None
     assert (seen.candidate, seen.throughput, seen.peak_bytes) == (3, 1000.0, 50 * MIB)
+    early = observation(
+        3, failure(FailureKind.STOPPED_EARLY, most_tokens_per_second_per_gpu=70.0, peak_device_used_bytes=MIB)
+    )
+    assert early is not None
+    assert (early.throughput, early.at_most, early.peak_bytes) == (None, 70.0, MIB)
     ran_out = observation(3, failure())
     assert ran_out is not None
     assert ran_out.ran_out

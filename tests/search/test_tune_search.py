@@ -21,7 +21,7 @@ from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome
 from autotune.spec.prediction import Prediction
 from autotune.store.store import SqlStore, open_store
 from autotune.study import Study
-from tests.samples import confirmed, failure, sample_space, simulate
+from tests.samples import MIB, confirmed, failure, measurement, sample_space, simulate
 
 BUCKET = "zero_optimization.reduce_bucket_size"
 CONDITIONAL = {
@@ -253,3 +253,25 @@ def test_what_leads_is_confirmed_when_nothing_is_left_to_screen(tmp_path: Path, 
     assert confirming[0]["more_seconds"] == 3 * 6 * 1.0  # whole steps of 1 s, with patience
     assert len(finished_trials(search)) == len(orders) - len(confirming)
     assert study.verdict is not None
+
+
+def test_a_trial_is_told_from_when_on_it_is_hopeless_unless_it_is_the_baseline(tmp_path: Path, store: SqlStore) -> None:
+    search = search_of(Study.open(sample_space(tmp_path), store))
+    baseline, early = search.suggest("t0"), search.suggest("t1")
+    assert isinstance(baseline, dict)
+    assert isinstance(early, dict)
+    assert "most_step_seconds" not in baseline | early  # nothing is measured yet
+    report(search, "t0", measurement(1000.0))
+    later = search.suggest("t2")
+    assert isinstance(later, dict)
+    # 16 sequences of 64 tokens on two GPUs are 512 tokens a GPU.
+    assert later["most_step_seconds"] == pytest.approx(1.25 * 512 / 1000.0)
+
+
+def test_what_was_stopped_early_teaches_its_bound(tmp_path: Path, store: SqlStore) -> None:
+    search = search_of(Study.open(sample_space(tmp_path, baseline=...), store))
+    search.suggest("t0")
+    bound: dict[str, Any] = {"most_tokens_per_second_per_gpu": 70.0, "peak_device_used_bytes": 40 * MIB}
+    report(search, "t0", failure(FailureKind.STOPPED_EARLY, **bound))
+    (told,) = finished_trials(search)
+    assert (told.value, told.constraints[MEMORY_CONSTRAINT] < 0) == (70.0, True)

@@ -1,4 +1,5 @@
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ from hypothesis import strategies as st
 from autotune.spec.cluster import find_gpu
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import load_model
-from autotune.spec.outcome import RankMeasurement, outcome_from_dict
+from autotune.spec.outcome import Failure, FailureKind, RankMeasurement, outcome_from_dict
 from autotune.spec.request import TrialRequest
 from autotune.spec.workload import Workload
-from autotune.trial.compose import compose, slowest
+from autotune.trial.compose import compose, conclude, least_step_seconds, slowest
 
 seconds = st.floats(1e-3, 1e3)
 size = st.integers(0, 1 << 40)
@@ -79,3 +80,43 @@ def test_a_cpu_has_no_utilization(gang: tuple[TrialRequest, tuple[RankMeasuremen
 def test_slowest_takes_what_some_ranks_lack() -> None:
     assert slowest([{"start": 1.0}, {"start": 0.5, "build": 2.0}]) == {"start": 1.0, "build": 2.0}
     assert slowest([]) == {}
+
+
+@given(gangs(), st.integers(0, 4))
+def test_a_trial_that_was_stopped_early_is_at_most_as_fast_as_it_could_still_have_become(
+    gang: tuple[TrialRequest, tuple[RankMeasurement, ...]], seen: int
+) -> None:
+    """Whatever the samples after the first ones would have been, none faster than the fastest less the optimism."""
+    request, ranks = gang
+    measured = compose(ranks, request, find_gpu("cpu"))
+    cut = tuple(
+        replace(
+            rank,
+            stopped_early=True,
+            micro_step_seconds=(min(rank.micro_step_seconds),) if rank.micro_step_seconds else (),
+            update_step_seconds=tuple(sorted(rank.update_step_seconds)[: min(1, seen)]),
+        )
+        for rank in ranks
+    )
+    never = (1e-9,)  # without accumulation the first sample is of an update
+    cut = tuple(
+        r if r.micro_step_seconds else replace(r, update_step_seconds=r.update_step_seconds or never) for r in cut
+    )
+    stopped = conclude(cut, request, find_gpu("cpu"))
+    assert isinstance(stopped, Failure)
+    assert stopped.kind is FailureKind.STOPPED_EARLY
+    most = stopped.most_tokens_per_second_per_gpu
+    assert most is not None
+    # An update takes no less than a micro-step that accumulates.
+    if seen or all(min(r.update_step_seconds) >= min(r.micro_step_seconds, default=0) for r in ranks):
+        assert most >= measured.tokens_per_second_per_gpu * (1 - 1e-9)
+    assert stopped.peak_device_used_bytes == measured.peak_device_used_bytes
+    assert outcome_from_dict(stopped.to_dict()) == stopped
+    assert conclude(ranks, request, find_gpu("cpu")) == measured
+
+
+def test_what_a_step_takes_at_least() -> None:
+    assert least_step_seconds([], [], 4) == 0.0
+    assert least_step_seconds([1.0, 2.0], [], 4) == pytest.approx(0.9 * 4.0)
+    assert least_step_seconds([1.0], [1.5], 4) == pytest.approx(0.9 * 4.5)
+    assert least_step_seconds([], [1.5, 2.0], 1) == pytest.approx(0.9 * 1.5)

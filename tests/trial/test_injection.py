@@ -16,10 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from autotune.spec.cluster import find_gpu
 from autotune.spec.config import Engine, Offload
-from autotune.spec.outcome import FailureKind, Phase, RankFailure
+from autotune.spec.outcome import Failure, FailureKind, Phase, RankFailure
 from autotune.spec.request import TrialRequest
 from autotune.spec.workload import MeasureSettings, Workload
+from autotune.trial.compose import conclude
 from autotune.trial.failure import is_collateral
 from autotune.trial.host_memory import oom_kills
 from autotune.trial.pool import GangResult, NodePool
@@ -271,3 +273,18 @@ def test_gpus_are_taken_from_a_gang_that_ray_has_taken_them_from(faulty: NodePoo
 
 def test_the_owner_is_this_process_while_it_lives(faulty: NodePool) -> None:
     assert run(faulty, a_request("owned", measure=SHORT), owner_pid=os.getpid()).failure is None
+
+
+def test_ranks_stop_together_when_one_of_them_is_hopeless(faulty: NodePool) -> None:
+    """Rank 1 is slow, rank 0 is not, and only accumulates: no collective of the step tells it so."""
+    request = a_request("slow.forward@1", measure=MeasureSettings(micro_steps=8), most_step_seconds=0.6)
+    result = run(faulty, request)
+    assert result.failure is None, result.failure
+    assert [rank.stopped_early for rank in result.ranks] == [True, True]
+    assert len({len(rank.losses) for rank in result.ranks}) == 1
+    assert len(result.ranks[0].losses) < 2 + 8
+    outcome = conclude(result.ranks, request, find_gpu("cpu"))
+    assert isinstance(outcome, Failure)
+    assert outcome.most_tokens_per_second_per_gpu is not None
+    # 16 sequences of 64 tokens on two ranks, in at least 0.6 s.
+    assert outcome.most_tokens_per_second_per_gpu < 16 * 64 / 2 / 0.6

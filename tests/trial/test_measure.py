@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def test_plans_as_one_would_write_them() -> None:
     assert warmup_plan(16, 2) == (False, True, False, True)
 
 
-def run(engine: Recorder, plan: tuple[bool, ...]) -> Samples:
+def run(
+    engine: Recorder, plan: tuple[bool, ...], hopeless: Callable[[Samples], bool] = lambda samples: False
+) -> Samples:
     return run_micro_steps(
         engine,
         plan,
@@ -41,6 +44,7 @@ def run(engine: Recorder, plan: tuple[bool, ...]) -> Samples:
         barrier=lambda: engine.calls.append("barrier"),
         on_phase=lambda phase: engine.calls.append(phase.value) if phase is Phase.OPTIMIZER else None,
         after_sample=lambda: engine.calls.append("sampled"),
+        hopeless=hopeless,
     )
 
 
@@ -55,6 +59,15 @@ def test_micro_steps_run_in_order_and_are_timed_between_synchronisations() -> No
     ]  # fmt: skip
     assert (len(samples.micro_step_seconds), len(samples.update_step_seconds)) == (1, 2)
     assert samples.losses == [1.0, 1.0, 1.0]
+
+
+def test_what_is_hopeless_ends_after_the_sample_that_shows_it() -> None:
+    engine = Recorder()
+    samples = run(engine, (False, False, True, True), hopeless=lambda samples: len(samples.losses) == 2)
+    assert samples.stopped_early
+    assert (len(samples.micro_step_seconds), len(samples.update_step_seconds)) == (2, 0)
+    # After the last one there is nothing to leave out.
+    assert not run(Recorder(), (False, True), hopeless=lambda samples: len(samples.losses) == 2).stopped_early
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
