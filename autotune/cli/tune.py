@@ -67,7 +67,8 @@ def tune(
 
     from autotune.export import export_best
     from autotune.metrics import StudyMetrics
-    from autotune.predict.plan import plan_memory, require_feasible
+    from autotune.predict.plan import plan_memory
+    from autotune.predict.remedies import remedies, remedies_text, require_feasible, underestimate
     from autotune.report.documents import study_document
     from autotune.report.terminal import Progress, Tracing, result_panel
     from autotune.search.runner import LauncherName, run_study
@@ -88,7 +89,7 @@ def tune(
         require(space.cluster)
         with Tracing(talk) as on_traced:
             plan = plan_memory(space, on_traced)
-        require_feasible(plan)
+            require_feasible(plan, on_traced)
         study = Study.open(space, database, plan)
         with Progress(study, talk) as progress:
             study.observers += [progress, StudyMetrics(study)]
@@ -99,9 +100,13 @@ def tune(
                     raise _taken_over(study) from None
                 raise
         artifacts = export_best(study, folder)
-    (talk if as_json else Console()).print(result_panel(study, artifacts))
+    advice = ""
+    if study.best() is None and study.counts.out_of_memory:
+        with Tracing(talk) as on_traced:
+            advice = remedies_text(remedies(plan, underestimate(plan, study.results), on_traced), space)
+    (talk if as_json else Console()).print(result_panel(study, artifacts, advice))
     if as_json:
-        print_json(study_document(study, artifacts))
+        print_json(study_document(study, artifacts) | {"advice": advice or None})
     raise typer.Exit(_exit_code(study))
 
 

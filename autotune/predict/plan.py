@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.errors import InvalidModelError, NothingFeasibleError, UnknownHardwareError
+from autotune.errors import InvalidModelError, UnknownHardwareError
 from autotune.predict.machine import MachineRates, machine_rates
 from autotune.predict.machine_times import Kinds
 from autotune.predict.memory import context_bytes, deviation, predict_memory, stream
@@ -28,7 +28,6 @@ from autotune.predict.trials import Trials
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.prediction import Prediction
-from autotune.units import format_bytes
 
 SURE = 0.01
 """A candidate that fits with less than this probability is not worth a launch."""
@@ -204,23 +203,6 @@ def _speed(space: Space, config: TrialConfig) -> float:
     shape = read_shape(space.model.name, space.model.config)
     times = predict_trials(shape, Trials.of([config], space.workload, shape), space.cluster)
     return times.at(0).tokens_per_second_per_gpu
-
-
-def require_feasible(plan: Plan) -> None:
-    """Refuse a study of which every candidate surely runs out of memory.
-
-    Raises:
-        NothingFeasibleError: it is one; the message has what the smallest candidate needs.
-    """
-    if not plan.surely_too_big.all():
-        return
-    space = plan.space
-    at = int(np.argmin(plan.device_used_bytes))
-    raise NothingFeasibleError(
-        f"{space.where}: none of the {len(plan.device_used_bytes)} candidates fits in"
-        f" {format_bytes(space.usable_bytes)}; the smallest, {space.candidates[at].describe()}, needs"
-        f" {format_bytes(plan.device_used_bytes[at])}; ask `autotune plan` where it goes, and add GPUs or levers"
-    )
 
 
 def _main_axes(space: Space) -> list[str]:

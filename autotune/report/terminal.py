@@ -307,13 +307,14 @@ class Tracing:
         self._progress.update(self._task, completed=done)
 
 
-def result_panel(study: Study, artifacts: dict[str, Path]) -> RenderableType:
-    """The verdict and where the files are."""
+def result_panel(study: Study, artifacts: dict[str, Path], advice: str = "") -> RenderableType:
+    """The verdict and where the files are; where there is none, what would help."""
     best, counts = study.best(), study.counts
     summary = counts_text(counts)
     summary += f" in {format_seconds(study.elapsed_seconds)}"
     if best is None:
-        return Panel(Text(f"No trial is eligible. {summary}."), title="nothing found", border_style="yellow")
+        words = f"No trial is eligible. {summary}." + (f"\nBy prediction {advice}." if advice else "")
+        return Panel(Text(words), title="nothing found", border_style="yellow")
     measured = best.measurement
     rows: list[tuple[str, str | Text]] = [
         ("best", Text.assemble((best.config.describe(), "bold green"), f"  (trial {best.trial})")),

@@ -17,7 +17,8 @@ from autotune.predict import tracing
 from autotune.predict.levers import explain
 from autotune.predict.machine import MachineRates
 from autotune.predict.memory import predict_memory
-from autotune.predict.plan import SURE, Plan, plan_memory, require_feasible
+from autotune.predict.plan import SURE, Plan, plan_memory
+from autotune.predict.remedies import require_feasible
 from autotune.predict.shape import read_shape
 from autotune.predict.throughput import predict_trials
 from autotune.predict.trials import Trials
