@@ -8,12 +8,15 @@ A run's mean step time is one observation: steps of one run are alike, and what 
 clocks, the allocator) does not average out within one. With y_ki the logarithm of the mean step time of contender k in
 round i, the variance of one y is
 
-    v_k = max(sum_ki (y_ki - mean_i y_ki)² / (K·(R - 1)),  s_k² / n)
+    v_k = max(sum_ki (y_ki - mean_i y_ki - mean_k y_ki + mean y)² / ((K - 1)·(R - 1)),  s_k² / n)
 
-the first being what runs differ by, pooled over all contenders, the second what n steps with deviation s_k around their
-run's mean explain alone, so that R runs that agree by chance make nothing certain. Throughputs and ratios of two have
-Student's interval with K·(R - 1) degrees of freedom on the logarithm, var = v_k / R (random effects of runs: Kalibera &
-Jones, "Rigorous benchmarking in reasonable time", ISMM 2013, sections 5 and 7).
+the first being what runs differ by, pooled over all contenders, without what made a whole round slower for all of them;
+the second what n steps with deviation s_k around their run's mean explain alone, so that R runs that agree by chance
+make nothing certain. Throughputs and ratios of two have Student's interval with (K - 1)·(R - 1) degrees of freedom on
+the logarithm, var = v_k / R (random effects of runs: Kalibera & Jones, "Rigorous benchmarking in reasonable time", ISMM
+2013, sections 5 and 7; contenders in rounds are randomised blocks, as in any text on the analysis of variance). A
+throughput's interval is therefore for comparing: it does not say how it would be on another day. Where K is 1 there is
+nothing to compare, and rounds count as they are.
 
 Left out: that the finalists are the best of many, which biases who is a contender but not these runs; and drift within
 a round, which turns make equal for all only on average.
@@ -354,9 +357,13 @@ def _step_seconds(run: Measurement) -> np.ndarray[tuple[int], np.dtype[np.float6
 
 def _deviations(contenders: Sequence[Sequence[Measurement]]) -> tuple[list[float], int]:
     """Standard error of the logarithm of each contender's throughput, and the degrees of freedom of all of them."""
-    degrees = sum(len(runs) - 1 for runs in contenders)
-    logs = [np.log([run.step_time_seconds for run in runs]) for runs in contenders]
-    between = sum(float(((y - y.mean()) ** 2).sum()) for y in logs) / max(1, degrees)
+    logs = np.log([[run.step_time_seconds for run in runs] for runs in contenders])
+    rest_of_runs = logs - logs.mean(axis=1, keepdims=True)
+    degrees = logs.shape[1] - 1
+    if len(contenders) > 1:
+        rest_of_runs -= rest_of_runs.mean(axis=0)
+        degrees *= len(contenders) - 1
+    between = float((rest_of_runs**2).sum()) / max(1, degrees)
     found = []
     for runs in contenders:
         steps = [_step_seconds(run) / run.step_time_seconds - 1 for run in runs]

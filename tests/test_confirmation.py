@@ -100,6 +100,23 @@ def test_a_gain_within_the_noise_is_none() -> None:
         assert verdict.gain.low < 1 < verdict.gain.high
 
 
+def test_a_round_that_was_slow_for_all_leaves_the_gain_as_certain() -> None:
+    runs: list[Run] = []
+    results = screened(100, 1000, 900)
+    wobble = iter([1.0, 1.01, 0.99, 1.02, 1.0, 1.01])
+
+    def slow_at_first(contender: Result, turn: Turn) -> Outcome:
+        seconds = {1: 10.0, 2: 1.0, 3: 1.1}[contender.trial] * (3.0 if turn.round == 1 else 1.0)
+        return confirmed([seconds * next(wobble)] * 2)
+
+    run_all(results, slow_at_first, runs)
+    verdict = confirmation(results, runs).verdict
+    assert verdict is not None
+    assert verdict.gain is not None
+    assert verdict.gain.estimate == pytest.approx(10.0, rel=0.02)
+    assert verdict.gain.high / verdict.gain.low < 1.3
+
+
 def test_the_steady_one_wins_over_the_one_that_is_faster_once() -> None:
     """Lower bounds decide: within a run the second finalist's steps vary by half."""
     results, runs = screened(100, 200, 200), list[Run]()
@@ -207,15 +224,18 @@ def test_a_lower_bound_is_below_its_throughput(updates: list[float], micro: list
 
 
 def test_intervals_cover_the_truth() -> None:
-    """Runs that differ by 2 %, steps by 5 %: of 300 confirmations about 95 % have the true ratio in the interval."""
+    """Rounds that differ by half, their runs by 2 % and steps by 5 %: of 300 confirmations about 95 % have the true
+    ratio in the interval.
+    """
     random = np.random.default_rng(1)
     covered = 0
     results = screened(100, 200, 190)
     for _ in range(300):
         runs: list[Run] = []
+        rounds = np.exp(random.normal(0, 0.5, 3))
 
-        def noisy(contender: Result, turn: Turn) -> Outcome:
-            mean = {1: 10.0, 2: 5.0, 3: 5.3}[contender.trial] * math.exp(random.normal(0, 0.02))
+        def noisy(contender: Result, turn: Turn, rounds: np.ndarray = rounds) -> Outcome:
+            mean = {1: 10.0, 2: 5.0, 3: 5.3}[contender.trial] * rounds[turn.round] * math.exp(random.normal(0, 0.02))
             return confirmed(list(mean * np.exp(random.normal(0, 0.05, 15))))
 
         steps = 2 * 15
