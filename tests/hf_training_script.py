@@ -17,10 +17,10 @@ from accelerate import DistributedType, PartialState
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 
 from autotune.engines.batches import sequence
-from autotune.modeling.build import checkpointed_layers, construct_model
+from autotune.modeling.build import checkpointed_layers, huggingface_config
 from autotune.spec.model import load_model
 
 SEQUENCE_LENGTH = 64
@@ -100,7 +100,8 @@ def main() -> None:
     if arguments.fsdp:
         pretend_gpus()
     spec = load_model("qwen3-tiny", Path())
-    model = construct_model(spec, "sdpa")
+    config = huggingface_config(spec)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
     vocabulary = model.config.vocab_size
     rows = [torch.from_numpy(sequence(1, 0, index, SEQUENCE_LENGTH, vocabulary)) for index in range(256)]
     watch = Watch(model)
