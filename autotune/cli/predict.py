@@ -11,7 +11,7 @@ def predict(
     cases: Annotated[Path, typer.Option("--cases", metavar="FILE", help="One JSON object a line.")],
 ) -> None:
     """Predict the memory of each case in a file. No GPU is needed."""
-    from autotune.predict.cases import answer, read_cases
+    from autotune.predict.cases import answers, read_cases
 
-    for case in read_cases(cases):
-        typer.echo(json.dumps(answer(case)))
+    for document in answers(read_cases(cases)):
+        typer.echo(json.dumps(document))

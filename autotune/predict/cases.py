@@ -2,8 +2,8 @@
 
 import functools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,6 +111,8 @@ class _Answer:
     """Of the first pipeline stage; None where there are no stages."""
     time: TimePrediction | None = None
     """None for generation, and on a CPU, of whose speed the table of hardware says nothing."""
+    trial: tuple[TrialConfig, Workload, str] | None = None
+    """Whose time is still to be predicted, together with that of others."""
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:
@@ -143,19 +145,54 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
 
 def answer(case: Mapping[str, Any]) -> dict[str, Any]:
     """The prediction of one case as JSON data, or `{"id", "error"}` with one sentence where there is none."""
-    identity = case.get("id")
+    return answers([case])[0]
+
+
+def answers(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The predictions of cases, in their order; each as `answer` gives it. Times of one model are found together."""
+    found = [_found(case) for case in cases]
+    together: dict[tuple[ClusterSpec, Workload, str], list[int]] = {}
+    for at, (case_found, cluster) in enumerate(found):
+        if isinstance(case_found, _Answer) and case_found.trial is not None and cluster is not None:
+            _, work, model = case_found.trial
+            together.setdefault((cluster, work, model), []).append(at)
+    times: dict[int, TimePrediction | AutotuneError | None] = {}
+    for (cluster, work, model), those in together.items():
+        configs = [trial[0] for at in those if (trial := _trial_of(found[at][0])) is not None]
+        try:
+            times |= dict(zip(those, _trial_times(_shape_of(model), configs, work, cluster), strict=True))
+        except AutotuneError:  # of one of them: each by itself says which
+            for at, config in zip(those, configs, strict=True):
+                try:
+                    times[at] = _trial_times(_shape_of(model), [config], work, cluster)[0]
+                except AutotuneError as error:
+                    times[at] = error
+    documents = []
+    for at, (case, (case_found, cluster)) in enumerate(zip(cases, found, strict=True)):
+        time = case_found if isinstance(case_found, AutotuneError) else times.get(at)
+        if isinstance(time, AutotuneError):
+            documents.append({"id": case.get("id"), "error": str(time)})
+        elif isinstance(case_found, _Answer) and cluster is not None:
+            timed = case_found if case_found.trial is None else replace(case_found, time=time)
+            documents.append(_document(case.get("id"), timed, cluster))
+    return documents
+
+
+def _trial_of(found: "_Answer | AutotuneError") -> tuple[TrialConfig, Workload, str] | None:
+    return found.trial if isinstance(found, _Answer) else None
+
+
+def _found(case: Mapping[str, Any]) -> tuple["_Answer | AutotuneError", ClusterSpec | None]:
     try:
         parsed = _parse(_CASE, case, "case")
         cluster = _cluster(parsed.cluster)
         if parsed.task == "generate":
-            found = _answer_generate(parsed, cluster)
-        elif parsed.implementation in TRAINER_PROFILES:
-            found = _answer_layout(parsed, cluster)
-        else:
-            found = _answer_trial(parsed, cluster)
+            return _answer_generate(parsed, cluster), cluster
+        if parsed.implementation in TRAINER_PROFILES:
+            return _answer_layout(parsed, cluster), cluster
+        return _answer_trial(parsed, cluster), cluster
     except AutotuneError as error:
-        return {"id": identity, "error": str(error)}
-    return _document(identity, found, cluster)
+        return error, None
 
 
 def _document(identity: object, found: _Answer, cluster: ClusterSpec) -> dict[str, Any]:
@@ -257,12 +294,13 @@ def _layout_time(
     return predict_layouts(shape, layouts, profile, cluster, by_cost=by_cost).at(0)
 
 
-def _trial_time(
-    shape: DecoderShape, config: TrialConfig, work: Workload, cluster: ClusterSpec
-) -> TimePrediction | None:
+def _trial_times(
+    shape: DecoderShape, configs: list[TrialConfig], work: Workload, cluster: ClusterSpec
+) -> list[TimePrediction | None]:
     if cluster.device == "cpu":
-        return None
-    return predict_trials(shape, Trials.of([config], work, shape), cluster).at(0)
+        return [None] * len(configs)
+    times = predict_trials(shape, Trials.of(configs, work, shape), cluster)
+    return [times.at(at) for at in range(len(configs))]
 
 
 def _answer_trial(case: _Case, cluster: ClusterSpec) -> _Answer:
@@ -284,7 +322,7 @@ def _answer_trial(case: _Case, cluster: ClusterSpec) -> _Answer:
 
     return _Answer(
         fullest=predict_memory(config, model, work, cluster),
-        time=_trial_time(_shape(case.model), config, work, cluster),
+        trial=(config, work, _key(case.model)),
     )
 
 

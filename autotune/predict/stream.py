@@ -194,10 +194,12 @@ class SitedStream:
         """Bytes of each part at the device's peak, of the host besides; parts without any are left out."""
         values = quantities(np.array([micro_batch_size]), np.array([sequence_length / self.pieces]))[0]
         counted = _counted(device)[:, 0]
-        low = _highest_rows(self.shallow @ values, self.shallow_starts, counted)
-        high = _highest_rows(self.deep @ values, self.deep_starts, counted)
-        parts = low + self.steps * (high - low)
-        return _named(parts[(parts @ counted).argmax()])
+        low, high = self.shallow @ values, self.deep @ values
+        lows = np.maximum.reduceat(low @ counted, self.shallow_starts)
+        highs = np.maximum.reduceat(high @ counted, self.deep_starts)
+        site = int((lows + self.steps * (highs - lows)).argmax())
+        at_low = _highest_row(low, self.shallow_starts, site, counted)
+        return _named(at_low + self.steps * (_highest_row(high, self.deep_starts, site, counted) - at_low))
 
 
 def fragmentation_bytes(
@@ -235,12 +237,13 @@ def _sites(trace: Trace, update_share: float) -> dict[tuple[int, Kind, str], NDA
     return {site: _candidates(np.stack(found)) for site, found in rows.items()}
 
 
-def _highest_rows(
-    parts: NDArray[np.float64], starts: NDArray[np.int64], counted: NDArray[np.float64]
+def _highest_row(
+    parts: NDArray[np.float64], starts: NDArray[np.int64], site: int, counted: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The row with the highest sum of each site."""
-    sites = np.split(parts, starts[1:])
-    return np.stack([rows[(rows @ counted).argmax()] for rows in sites])
+    """The row with the highest sum of one site."""
+    rows = parts[starts[site] : (*starts, len(parts))[site + 1]]
+    highest: NDArray[np.float64] = rows[(rows @ counted).argmax()]
+    return highest
 
 
 def _live(trace: Trace, update_share: float = 1.0) -> dict[Key, NDArray[np.float64]]:

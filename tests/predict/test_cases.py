@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autotune.errors import UsageError
-from autotune.predict.cases import answer, read_cases
+from autotune.predict.cases import answer, answers, read_cases
 
 GENERATE: dict[str, Any] = {
     "id": "g",
@@ -54,6 +54,24 @@ def test_an_answer_has_the_promised_keys_and_parts_that_add_up(case: dict[str, A
     assert sum(found["breakdown"].values()) == found["peak_memory_bytes"]
     assert found["fits"] is True
     assert found["fit_probability"] > 0.5
+
+
+def test_together_cases_are_answered_as_each_alone() -> None:
+    dense = changed(TRAIN, "implementation", ...) | {
+        "model": "qwen3-tiny",
+        "cluster": {"gpu": "H100-80GB", "gpus_per_node": 2},
+        "workload": {"sequence_length": 128, "global_batch_size": 64},
+    }
+    cases = [
+        dense | {"id": n, "config": {"engine": "pytorch", "zero_stage": 0, "micro_batch_size": size, "precision": kind}}
+        for n, (size, kind) in enumerate([(1, "bf16"), (2, "bf16"), (3, "bf16"), (4, "fp32")])
+    ]
+    cases += [TRAIN, GENERATE, changed(GENERATE, "config.batch_size", "many")]
+    found = answers(cases)
+    assert [document["id"] for document in found] == [0, 1, 2, 3, "t", "g", "g"]
+    assert ["error" in document for document in found] == [False, False, True, False, False, False, True]
+    assert found == [answer(case) for case in cases]
+    assert found[0]["step_time_seconds"] != found[1]["step_time_seconds"]
 
 
 def test_what_does_not_fit_is_said() -> None:
