@@ -1,6 +1,6 @@
 """Is the predicted peak memory of a trial the measured one? Every config of the demo space, on CPU.
 
-    python benchmarks/memory_cpu.py [--sample N] [--repeats 3] [--keep DIR] [--json]
+    python benchmarks/memory_cpu.py [--sample N] [--repeats 1] [--keep DIR] [--json]
 
 Each legal candidate of `search_spaces/tiny-cpu.yaml`, both engines, runs as a study would run it: two ranks of a
 `NodePool` on gloo, with the file's own measuring protocol, and with a limit so large that nothing runs out of memory.
@@ -15,7 +15,7 @@ step goes on, which can only add; by how much runs of one config differ is repor
 - approximate: configs whose structure failed the check that layers repeat, so that the prediction is a `SitedStream`.
 - unpredicted: configs that could not be traced, with the reason.
 
-All candidates take twenty minutes. --sample N draws N of them with a fixed seed. With --keep, peaks are written to
+All candidates take some minutes. --sample N draws N of them with a fixed seed. With --keep, peaks are written to
 DIR/measured.json as they come, and a later run measures only what is missing; those of other library versions or
 another protocol are not taken. With --json the last line is one object.
 """
@@ -250,7 +250,7 @@ def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, metavar="N", help="only so many candidates")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each candidate")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs of each candidate")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where measured peaks are kept for a later run")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
