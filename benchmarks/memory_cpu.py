@@ -35,25 +35,20 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from record_cpu_grid import SPACE, measure
 
 from autotune.predict.memory import predict_memory, rank_streams
 from autotune.predict.stream import SitedStream
 from autotune.space.space import Space, load_space
 from autotune.spec.config import TrialConfig
-from autotune.spec.request import TrialRequest
 from autotune.trial.environment import environment
 from autotune.trial.pool import NodePool
-from autotune.units import GIB, MIB
+from autotune.units import MIB
 
-SPACE = Path(__file__).parents[1] / "search_spaces" / "tiny-cpu.yaml"
 SEED = 0
 LIMITS = 10
 LARGEST_ERROR = {"pytorch": 0.01, "deepspeed": 0.03}
 """Gates, by engine."""
-AMPLE_BYTES = 8 * GIB
-"""A limit that no candidate reaches."""
-LIMIT_SECONDS = 900.0
-"""bf16 products are slow on many CPUs, and fp32 ones of 32 sequences take their time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +98,9 @@ class Peaks:
             try:
                 for number, config in enumerate(missing, 1):
                     started = time.monotonic()
-                    self._bytes.setdefault(_key(config), []).append(_measured_peak(pool, space, config))
+                    self._bytes.setdefault(_key(config), []).append(
+                        measure(pool, space, config, _key(config)).peak_memory_allocated_bytes
+                    )
                     self._write()
                     seconds = time.monotonic() - started
                     print(f"{number}/{len(missing)} {_key(config)}: {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -124,30 +121,6 @@ def _key(config: TrialConfig) -> str:
         f"{config.engine}-{config.zero_stage}-{config.precision}-{config.activation_checkpointing}"
         f"-mb{config.micro_batch_size}-{digest}"
     )
-
-
-def _measured_peak(pool: NodePool, space: Space, config: TrialConfig) -> int:
-    request = TrialRequest(
-        trial_id=_key(config),
-        model=space.model,
-        workload=space.workload,
-        config=config,
-        device="cpu",
-        measure=space.measure,
-        memory_limit_bytes=AMPLE_BYTES,
-        timeout_seconds=LIMIT_SECONDS,
-        stall_seconds=LIMIT_SECONDS,
-    )
-    result = pool.run(
-        request,
-        ranks=range(config.gpus),
-        world_size=config.gpus,
-        master_address="127.0.0.1",
-        master_port=pool.free_port(),
-    )
-    if result.failure is not None:
-        raise RuntimeError(f"{_key(config)} failed: {result.failure.message}")
-    return max(rank.peak_memory_allocated_bytes for rank in result.ranks)
 
 
 def predicted(config: TrialConfig, measured: list[int], space: Space) -> Row:
