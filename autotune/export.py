@@ -8,6 +8,7 @@ and says which trial that is.
 import ast
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from autotune import __version__
 from autotune.confirmation import ROUNDS
 from autotune.errors import NothingFeasibleError, UsageError
+from autotune.formats import script as script_format
 from autotune.formats.accelerate_yaml import DEEPSPEED_FILE, check_accelerate, to_accelerate
 from autotune.formats.deepspeed_json import check_deepspeed, to_deepspeed, to_hf_deepspeed
 from autotune.formats.targets import Target, cannot_express, left_to_script
@@ -28,6 +30,7 @@ from autotune.results import Best
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Measurement
+from autotune.spec.script import ScriptRun
 from autotune.study import Study
 from autotune.units import format_bytes, format_rate, format_seconds
 
@@ -50,7 +53,7 @@ class Format:
     file: str
     explanation: str
     targets: tuple[Target, ...]
-    """Who reads it, the first directly: all of them must be able to express the config."""
+    """Who reads it, the first directly: all of them must be able to express the config. None: the user's own script."""
     write: Callable[[Study, Best], str]
     """The file's text, accepted by the library that reads it."""
     launch: Literal["", "trainer", "accelerate", "deepspeed"] = ""
@@ -67,6 +70,10 @@ class Format:
 
     def wanted(self, study: Study, best: Best) -> bool:
         """Whether the best folder has a place for the file."""
+        if study.space.script is not None:
+            return self.file in _script_files(study.space.script)
+        if not self.targets:
+            return False
         return not self.fallback or best.config.has_own_layout or study.space.file.targets == [*self.targets]
 
     def source(self, study: Study) -> Best | None:
@@ -120,6 +127,40 @@ def _train_script(study: Study, source: Best) -> str:
     return text
 
 
+def _script_files(script: ScriptRun) -> set[str]:
+    """Names of the files that start the winner of a user's own script."""
+    named = script_format.names([*script.command, *(value for _, value in script.environment)])
+    return {"launch.sh", *(file.name for name, file in script_format.FILES.items() if name in named)}
+
+
+def _script_launch(study: Study, source: Best) -> str:
+    space, config, script = study.space, source.config, study.space.script
+    if script is None:
+        raise UsageError(f"study {space.name!r} ran no script; use another format")
+    nodes = _nodes(config, space)
+    places = {
+        "nodes": str(nodes),
+        "node_rank": '"$NODE_RANK"' if nodes > 1 else "0",
+        "gpus_per_node": str(config.gpus // nodes),
+        "master_address": '"$MASTER_ADDR"' if nodes > 1 else "127.0.0.1",
+        "master_port": '"${MASTER_PORT:-29500}"',
+        "model": shlex.quote(script.model),
+        "output": '"${OUTPUT:-output}"',
+    }
+    quoted = {name: shlex.quote(value) for name, value in script_format.values(config, space.workload).items()}
+    expressions = quoted | places | {name: f'"$here"/{file.name}' for name, file in script_format.FILES.items()}
+    return _TEMPLATES.get_template("launch_script.sh.j2").render(
+        study=space.name,
+        trial=source.trial,
+        describe=config.describe(),
+        nodes=nodes,
+        ranks_per_node=config.gpus // nodes,
+        launch=script.launch,
+        variables=[(name, script_format.fill_for_shell(value, expressions)) for name, value in script.environment],
+        words=[script_format.fill_for_shell(word, expressions) for word in script.command],
+    )
+
+
 def _literal(fields: dict[str, Any]) -> str:
     """A dictionary as Python source, one key a line."""
     lines = "".join(f"        {key!r}: {value!r},\n" for key, value in fields.items())
@@ -162,6 +203,13 @@ FORMATS = {
         explanation="a training script to edit: your text or tokens, on the engine that the trial ran",
         targets=("autotune",),
         write=_train_script,
+        fallback=True,
+    ),
+    "script": Format(
+        file="launch.sh",
+        explanation="runs your script as the trial did, on the measured number of ranks, with the whole global batch",
+        targets=(),
+        write=_script_launch,
         fallback=True,
     ),
 }
@@ -237,7 +285,8 @@ def _documents(study: Study, best: Best) -> dict[str, str]:
     space = study.space
     found = [(form, form.source(study)) for form in FORMATS.values() if form.wanted(study, best)]
     sources = [(form, source) for form, source in found if source is not None]
-    modes = [_mode(form, source, space) for form, source in sources if form.launch]
+    own = space.script is not None
+    modes = [_mode(form, source, space) for form, source in sources if form.launch and not own]
     documents = {"best.yaml": _yaml(_best_document(study, best))}
     documents |= {form.file: form.write(study, source) for form, source in sources}
     if modes:
@@ -255,7 +304,7 @@ def _documents(study: Study, best: Best) -> dict[str, str]:
                 "source": source,
                 "explanation": form.explanation,
                 "reason": form.refusal(best.config, space),
-                "left_to_script": _left_to_script(form, source.config, space),
+                "left_to_script": [] if own else _left_to_script(form, source.config, space),
             }
             for form, source in sources
         ],
@@ -263,6 +312,7 @@ def _documents(study: Study, best: Best) -> dict[str, str]:
             {"name": form.file, "reason": form.refusal(best.config, space)} for form, source in found if source is None
         ],
         modes=modes,
+        own_script=own,
         baseline=study.baseline_outcome if isinstance(study.baseline_outcome, Measurement) else None,
         verdict=study.verdict,
         rounds=ROUNDS,

@@ -16,7 +16,7 @@ def export(
         str | None,
         typer.Option(
             "--format",
-            help="One file: best, training-args, deepspeed-hf, deepspeed, accelerate or train-script."
+            help="One file: best, training-args, deepspeed-hf, deepspeed, accelerate, train-script or script."
             " Without it: the whole folder.",
         ),
     ] = None,

@@ -52,6 +52,8 @@ def tune(
     talk = Console(stderr=True)
     file, _ = read_space_file(space_path)
     space = None if file.cluster == "auto" else load_space(space_path)
+    if file.script is not None and launcher is Launcher.RAY_TRAIN:
+        raise UsageError(f"{space_path}: script: is run by launcher pool alone; leave out --launcher ray-train")
 
     from autotune.search.address import require_reachable
     from autotune.search.authentication import authenticate
@@ -101,7 +103,7 @@ def tune(
                 raise
         artifacts = export_best(study, folder)
     advice = ""
-    if study.best() is None and study.counts.out_of_memory:
+    if study.best() is None and study.counts.out_of_memory and plan.knows_memory:
         with Tracing(talk) as on_traced:
             advice = remedies_text(remedies(plan, underestimate(plan, study.results), on_traced), space)
     (talk if as_json else Console()).print(result_panel(study, artifacts, advice))

@@ -30,6 +30,8 @@ class JobRequest:
     """What `autotune tune --sampler` takes."""
     installed: bool = False
     """The job runs the Autotune that the cluster has installed, instead of this one, which is sent along."""
+    words: tuple[str, ...] = ()
+    """Of the command of the user's own script."""
     revision: str | None = None
     """Commit of the search-space file, see `git_revision`."""
 
@@ -59,13 +61,15 @@ class JobRequest:
         return shown | ({"git": self.revision} if self.revision else {})
 
     def gather(self, folder: Path) -> None:
-        """Copy what the job reads: the search-space file, and the model's config where it lies beside it."""
+        """Copy what the job reads: the search-space file, and the model's config and the files that the command of a
+        user's own script names, where they lie beside it.
+        """
         shutil.copy(self.space_path, folder)
-        config = Path(self.model) / "config.json"
-        beside = not config.is_absolute() and ".." not in config.parts
-        if beside and (self.space_path.parent / config).is_file():
-            (folder / config).parent.mkdir(parents=True)
-            shutil.copy(self.space_path.parent / config, folder / config)
+        for path in (Path(self.model) / "config.json", *map(Path, self.words)):
+            beside = not path.is_absolute() and ".." not in path.parts
+            if beside and (self.space_path.parent / path).is_file():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.space_path.parent / path, folder / path)
 
 
 def job_request(
@@ -98,6 +102,7 @@ def job_request(
         out=folder,
         sampler=sampler,
         installed=installed,
+        words=() if file.script is None else tuple(file.script.command),
         revision=git_revision(space_path),
     )
 

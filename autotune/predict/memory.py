@@ -143,6 +143,7 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     """Everything that the traced step depends on, as JSON."""
     fields = config.to_dict()
     del fields["sequence_length"]
+    fields.pop("script", None)  # what a user's script makes of its knobs is not known
     # A micro-batch of one sequence has layouts of its own, which make a difference of 0.2 % at most
     # (`benchmarks/memory_cpu.py`), and would double what has to be traced.
     fields["micro_batch_size"] = 2

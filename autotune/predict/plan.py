@@ -68,6 +68,11 @@ class Plan:
         """(candidates,): it does not. A candidate that cannot be predicted is neither."""
         return self.device_used_bytes > self.space.usable_bytes
 
+    @property
+    def knows_memory(self) -> bool:
+        """Whether any candidate's peak is predicted."""
+        return not bool(np.isnan(self.device_used_bytes).all())
+
     @functools.cached_property
     def surely_too_big(self) -> NDArray[np.bool_]:
         """(candidates,): fits with less than `SURE`, the error taken as normal. A launch would teach nothing."""
@@ -121,6 +126,8 @@ def plan_memory(
         on_traced: told of each structure that is traced.
         rates: of a cluster of CPUs; without them this machine is taken to be one of its nodes, and measured.
     """
+    if space.file.script is not None and space.file.script.predict_as is None:
+        return _unpredicted(space)
     cells = _Cells(space)
     effects = _KeyEffects(space, cells)
     baseline = space.baseline
@@ -158,6 +165,13 @@ def plan_memory(
             tokens_per_second_per_gpu=speed,
         )
     return Plan(space, used, deviations, unpredicted, stated, times, untimed)
+
+
+def _unpredicted(space: Space) -> Plan:
+    """The plan of the user's own script, of which nothing is known: ours may need less than it does, or more."""
+    count, reason = len(space.candidates), "they run a script; script.predict_as: engine takes it to do what ours do"
+    unknown = np.full(count, np.nan)
+    return Plan(space, unknown, np.zeros(count), Counter({reason: count}), None, None, reason)
 
 
 def _uncounted_layouts(space: Space) -> str | None:

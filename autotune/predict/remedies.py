@@ -56,7 +56,7 @@ def remedies(plan: Plan, scale: float = 1.0, on_traced: OnTraced = lambda done, 
         on_traced: told how many structures of how many are traced.
     """
     space = plan.space
-    if np.isnan(plan.device_used_bytes).all():
+    if not plan.knows_memory:
         return []
     start = space.candidates[int(np.nanargmin(plan.device_used_bytes))]
     tried = [*_moved(space, start), *_grown(space, start)]

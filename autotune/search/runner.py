@@ -60,6 +60,7 @@ def run_study(
         memory_limit_bytes=space.cluster.memory_bytes if space.cluster.device == "cpu" else None,
         timeout_seconds=space.file.budget.trial_seconds,
         stall_seconds=space.file.budget.trial_seconds / 2,
+        script=space.script,
     )
     cluster = space.cluster
     given = {"template": template, "cluster": cluster, "log_dir": str(log_dir)}

@@ -1,6 +1,7 @@
 """The search-space file: a YAML document, validated key by key."""
 
 import re
+import shlex
 import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,6 +21,7 @@ from autotune.spec.config import (
     Precision,
     Scalar,
 )
+from autotune.spec.script import Accumulation, Launch
 from autotune.units import format_bytes, parse_bytes
 
 MAX_FILE_BYTES = 64 * 1024
@@ -124,6 +126,8 @@ class SearchFile(_Strict):
     pipeline_schedule: Axis[PipelineSchedule] = ["1f1b"]
     loss: Axis[Loss] = ["full_logits"]
     deepspeed: dict[Name, Axis[Number]] = {}
+    script: dict[Name, Axis[Number]] = {}
+    """Knobs of the user's own script, each a placeholder of its command."""
 
 
 class BaselineFile(_Strict):
@@ -144,6 +148,31 @@ class BaselineFile(_Strict):
     pipeline_schedule: PipelineSchedule | None = None
     loss: Loss | None = None
     deepspeed: dict[Name, Number] = {}
+    script: dict[Name, Number] = {}
+
+
+def _words(value: Any) -> Any:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+def _variable(value: Any) -> Any:
+    """YAML reads `1` and `true` as no text; a variable of the environment has nothing else."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
+
+
+class ScriptSection(_Strict):
+    """The user's own training script, which runs the candidates in our engines' place."""
+
+    command: Annotated[list[Name], BeforeValidator(_words), Field(min_length=1)]
+    """As a shell's words, or a list of them; no shell runs it. Placeholders stand for the candidate's values."""
+    launch: Launch = "rank"
+    accumulation: Accumulation = "short"
+    environment: dict[Name, Annotated[str, BeforeValidator(_variable)]] = {}
+    predict_as: Literal["engine"] | None = None
+    """`engine`: the script is taken to need and to do what our engine of the same config does; without it nothing is
+    predicted."""
 
 
 class BudgetFile(_Strict):
@@ -189,6 +218,7 @@ class SpaceFile(_Strict):
     memory_headroom: Annotated[Real, Field(ge=0, lt=1)] = 0.06
     price_per_gpu_hour: Annotated[Real, Field(gt=0)] | None = None
     """In any currency; reports then say what the study and its tokens cost."""
+    script: ScriptSection | None = None
     search: SearchFile
     baseline: BaselineFile | None = None
     budget: BudgetFile
@@ -316,6 +346,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "cluster": ClusterFile,
     "workload": WorkloadFile,
     "objective": ObjectiveFile,
+    "script": ScriptSection,
     "search": SearchFile,
     "baseline": BaselineFile,
     "budget": BudgetFile,

@@ -22,12 +22,14 @@ from autotune.errors import (
 from autotune.space.candidates import ABSENT, Candidates, Columns
 from autotune.space.file import SpaceFile, parse_space, read_space_file
 from autotune.space.grid import Grid
-from autotune.space.legality import applies, rules
+from autotune.space.legality import RULES, applies, rules
 from autotune.space.rule import Rule
+from autotune.space.script import check_script, script_rules, script_run
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.record import SpaceRecord, StudyRecord
+from autotune.spec.script import ScriptRun
 from autotune.spec.workload import MeasureSettings, Workload
 
 MAX_COMBINATIONS = 20_000_000
@@ -98,6 +100,8 @@ class Space:
             ],
             "measure": self.file.measure.model_dump(include={"warmup", "micro_steps"}),
         }
+        if self.file.script is not None:
+            parts["script"] = self.file.script.model_dump(exclude={"predict_as"})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -107,7 +111,7 @@ class Space:
 
     def config(self, values: dict[str, Any]) -> TrialConfig:
         """The config that one value per axis describes. Axes that do not apply are left out of it."""
-        fields = {key: value for key, value in values.items() if not key.startswith("deepspeed.")}
+        fields = {key: value for key, value in values.items() if "." not in key}
         if fields["activation_checkpointing"] != "selective":
             fields["selective_every"] = None
         if fields["pipeline_parallel_size"] == 1:
@@ -115,21 +119,29 @@ class Space:
         config = TrialConfig(**fields, sequence_length=self.file.workload.sequence_length)
         keys = {key.removeprefix("deepspeed."): value for key, value in values.items() if key.startswith("deepspeed.")}
         applicable = ((key, value) for key, value in keys.items() if applies(f"deepspeed.{key}", config))
-        return replace(config, deepspeed=tuple(applicable))
+        knobs = ((key.removeprefix("script."), value) for key, value in values.items() if key.startswith("script."))
+        return replace(config, deepspeed=tuple(applicable), script=tuple(knobs))
 
     def values(self, config: TrialConfig) -> dict[str, Scalar]:
         """The inverse of `config`: one value per axis, `NOT_APPLICABLE` where the config has none."""
-        keys = dict(config.deepspeed)
+        keys = {f"deepspeed.{key}": value for key, value in config.deepspeed}
+        keys |= {f"script.{knob}": value for knob, value in config.script}
         found: dict[str, Scalar | None] = {
-            axis: keys.get(axis.removeprefix("deepspeed.")) if axis.startswith("deepspeed.") else getattr(config, axis)
-            for axis in self.axes
+            axis: keys.get(axis) if "." in axis else getattr(config, axis) for axis in self.axes
         }
         return {axis: NOT_APPLICABLE if value is None else value for axis, value in found.items()}
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
         """What a candidate must satisfy; the first that does not gives the reason."""
+        if self.file.script is not None:
+            return (*RULES, *script_rules(self.file.script))
         return rules(tuple(self.file.targets))
+
+    @property
+    def script(self) -> ScriptRun | None:
+        """The user's own script that runs the candidates; None where our engines do."""
+        return script_run(self.file, Path(self.where).parent)
 
     def refusal(self, config: TrialConfig) -> str | None:
         """Why the config is illegal, or None when it is legal."""
@@ -195,8 +207,10 @@ class Space:
         given = self.file.baseline
         if given is None:
             return None
-        stated = {key: value for key, value in given.model_dump(exclude={"deepspeed"}).items() if value is not None}
+        plain = given.model_dump(exclude={"deepspeed", "script"})
+        stated = {key: value for key, value in plain.items() if value is not None}
         keys = {f"deepspeed.{key}": value for key, value in given.deepspeed.items()}
+        keys |= {f"script.{knob}": value for knob, value in given.script.items()}
         config = self.config({axis: values[0] for axis, values in self.axes.items()} | stated | keys)
         reason = self.refusal(config)
         if reason is not None:
@@ -238,6 +252,7 @@ def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
             nodes=file.cluster.nodes, gpus_per_node=file.cluster.gpus_per_node, gpu=gpu, memory_bytes=memory_bytes
         )
     space = _space(file, text, where, model, cluster)
+    check_script(file, {axis: len(values) for axis, values in space.axes.items()}, where, path.parent)
     _check_size(space)
     _check_deepspeed_keys(file, where)
     if not space.candidates:
@@ -269,13 +284,14 @@ def _space(file: SpaceFile, text: str, where: str, model: ModelSpec, cluster: Cl
     axes: dict[str, tuple[Scalar, ...]] = {
         key: tuple(getattr(file.search, key))
         for key in type(file.search).model_fields
-        if key not in ("deepspeed", "gpus")
+        if key not in ("deepspeed", "script", "gpus")
     }
     axes["gpus"] = tuple(file.search.gpus or [cluster.total_gpus])
     if "selective" not in axes["activation_checkpointing"] and "selective_every" not in file.search.model_fields_set:
         axes["selective_every"] = axes["selective_every"][:1]
     # To DeepSpeed 1 and true may differ; configs that differ in nothing else are equal, so one of them is enough.
     axes |= {f"deepspeed.{key}": tuple(dict.fromkeys(values)) for key, values in file.search.deepspeed.items()}
+    axes |= {f"script.{knob}": tuple(dict.fromkeys(values)) for knob, values in file.search.script.items()}
     workload = Workload(**file.workload.model_dump(exclude={"sequence_length"}))
     return Space(file=file, text=text, where=where, model=model, cluster=cluster, workload=workload, axes=axes)
 

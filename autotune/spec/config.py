@@ -27,6 +27,7 @@ LATER_FIELDS = {
     "pipeline_parallel_size": 1,
     "pipeline_schedule": None,
     "loss": "full_logits",
+    "script": {},
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -68,11 +69,14 @@ class TrialConfig:
     """`chunked`: the logits are computed, and recomputed in the backward pass, a piece of the sequence at a time."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
+    script: tuple[tuple[str, Scalar], ...] = ()
+    """Knobs of the user's own script as (name, value), sorted by name, each once; empty without one."""
 
     def __post_init__(self) -> None:
         # 5e8 and 500000000 are one value: equal configs must have one fingerprint.
-        whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in self.deepspeed}
-        object.__setattr__(self, "deepspeed", tuple(sorted(whole.items(), key=lambda item: item[0])))
+        for group in ("deepspeed", "script"):
+            whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in getattr(self, group)}
+            object.__setattr__(self, group, tuple(sorted(whole.items(), key=lambda item: item[0])))
 
     @property
     def model_parallel_size(self) -> int:
@@ -114,7 +118,7 @@ class TrialConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` reads it back."""
         fields = dataclasses.asdict(self)
-        fields["deepspeed"] = dict(self.deepspeed)
+        fields |= {"deepspeed": dict(self.deepspeed), "script": dict(self.script)}
         return {key: value for key, value in fields.items() if LATER_FIELDS.get(key, ...) != value}
 
     @classmethod
@@ -124,7 +128,8 @@ class TrialConfig:
         Raises:
             TypeError: a field is missing or unknown.
         """
-        return cls(**{**fields, "deepspeed": tuple(dict(fields.get("deepspeed") or {}).items())})
+        groups = {group: tuple(dict(fields.get(group) or {}).items()) for group in ("deepspeed", "script")}
+        return cls(**{**fields, **groups})
 
     @property
     def fingerprint(self) -> str:
@@ -152,4 +157,5 @@ class TrialConfig:
             words.append(self.pipeline_schedule)
         if self.loss != "full_logits":
             words.append(f"{self.loss} loss")
+        words += [f"{name} {value}" for name, value in self.script]
         return " ".join(words)

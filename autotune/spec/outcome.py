@@ -87,6 +87,8 @@ class LongRun:
     """Name of the machine: rounds are comparable on the same ones."""
     gpu: GpuHealth | None
     """None where there is no NVML."""
+    step_tokens: tuple[int, ...] = ()
+    """Tokens of each of the steps that this rank trained on, padding left out; empty: as many as the workload says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,11 @@ class RankMeasurement:
     """Versions and device name, see `autotune.trial.environment`."""
     long_run: LongRun | None = None
     """None in a screening run."""
+    micro_step_tokens: tuple[int, ...] = ()
+    """Tokens of each of `micro_step_seconds` that the rank trained on, padding left out; empty: as many as the workload
+    says."""
+    update_step_tokens: tuple[int, ...] = ()
+    """The same of each of `update_step_seconds`."""
     stopped_early: bool = False
     """Whether the ranks agreed that the config is too slow, and left the remaining micro-steps out."""
 
@@ -201,6 +208,8 @@ def outcome_from_dict(fields: dict[str, Any]) -> Outcome:
                 "micro_step_seconds": tuple(rank["micro_step_seconds"]),
                 "update_step_seconds": tuple(rank["update_step_seconds"]),
                 "losses": tuple(rank["losses"]),
+                "micro_step_tokens": tuple(rank.get("micro_step_tokens", ())),
+                "update_step_tokens": tuple(rank.get("update_step_tokens", ())),
                 "long_run": None if rank.get("long_run") is None else _long_run(rank["long_run"]),
             }
         )
@@ -211,6 +220,6 @@ def outcome_from_dict(fields: dict[str, Any]) -> Outcome:
 
 def _long_run(fields: dict[str, Any]) -> LongRun:
     gpu = fields["gpu"]
-    lists = {name: tuple(fields[name]) for name in ("step_seconds", "allocated_bytes")}
+    lists = {name: tuple(fields.get(name, ())) for name in ("step_seconds", "allocated_bytes", "step_tokens")}
     health = None if gpu is None else GpuHealth(**{**gpu, "throttle_reasons": tuple(gpu["throttle_reasons"])})
     return LongRun(**{**fields, **lists, "gpu": health})

@@ -1,10 +1,12 @@
 """`TrialRequest`: all that a worker needs to run one trial, in one picklable value."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
+from autotune.spec.script import ScriptRun
 from autotune.spec.workload import LongRunSettings, MeasureSettings, Workload
 
 DeviceType = Literal["cpu", "cuda"]
@@ -31,3 +33,23 @@ class TrialRequest:
     """From the start of the processes to the last result; then the whole gang is killed."""
     stall_seconds: float = 120.0
     """Without a sign of progress from any rank for this long, the trial is a hang."""
+    script: ScriptRun | None = None
+    """The user's own training script, which then runs the config in our engines' place."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-steps of an optimizer step as the trial runs it.
+
+        Our engines are told which micro-step ends one. A script is told how many there are, and to screen a config few
+        enough that two steps of them are all samples that are asked for, unless it reports nothing but whole steps.
+        """
+        steps = self.workload.micro_steps(self.config)
+        if self.script is None or self.script.accumulation == "whole" or self.long_run is not None:
+            return steps
+        return min(steps, math.ceil(max(self.measure.micro_steps, 3) / 2))
+
+    @property
+    def timed_micro_steps(self) -> int:
+        """Micro-steps of which an optimizer step's time is put together: one where whole steps are timed."""
+        whole = self.script is not None and self.script.accumulation == "whole"
+        return 1 if whole else self.workload.micro_steps(self.config)

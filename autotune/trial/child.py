@@ -26,6 +26,9 @@ STACKS_SIGNAL = signal.SIGUSR1
 CHECKPOINT = "checkpoint"
 """Folder beside a rank's log in which it saves a checkpoint, to be deleted."""
 
+SCRIPT_VARIABLE = "AUTOTUNE_SCRIPT"
+"""Names, to the processes of a user's script, the folder in which each meets its rank."""
+
 _PR_SET_PDEATHSIG = 1
 _CUDA_ERROR_NOT_INITIALIZED = 3
 
@@ -47,6 +50,8 @@ class Seat:
     """`time.monotonic()` when the gang was started, which processes of one machine share."""
     gang: str = ""
     """Names the gang among all on this machine, see `autotune.trial.leftovers`."""
+    scratch: str = ""
+    """Folder of the gang's ranks on this node, removed at its end; only where a user's script runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,11 @@ class Reporter:
         self._finished = self.phase_seconds
         self._stage, self._stage_started = stage, time.monotonic()
         self.enter_phase(phase)
+
+    def relay(self, progress: Progress) -> None:
+        """What another process says of its progress on this rank's behalf; the clock is that process's."""
+        self.phase = progress.phase
+        self._send(progress)
 
     def enter_phase(self, phase: Phase) -> None:
         """Still in the stage, the rank enters `phase`."""
@@ -125,6 +135,11 @@ def probe(channel: Connection) -> None:
     die_with_the_pool()
     channel.send(_what_is_wrong())
     _exit(0)
+
+
+def script_socket(folder: str, local_rank: int) -> str:
+    """Where the process of a user's script meets the rank that it works for."""
+    return str(Path(folder) / f"rank{local_rank}")
 
 
 def die_with_the_pool() -> None:

@@ -16,7 +16,7 @@ def conclude(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSp
     if not any(rank.stopped_early for rank in ranks):
         return compose(ranks, request, gpu)
     config = request.config
-    accumulation = request.workload.micro_steps(config)
+    accumulation = request.timed_micro_steps
     least = max(least_step_seconds(r.micro_step_seconds, r.update_step_seconds, accumulation) for r in ranks)
     most = request.workload.tokens_per_step(config) / least / config.gpus
     return Failure(
@@ -45,9 +45,9 @@ def compose(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSpe
     whole step.
     """
     config = request.config
-    accumulation = request.workload.micro_steps(config)
+    accumulation = request.timed_micro_steps
     step_time = _whole_step_time(ranks) or max(_step_time(rank, accumulation) for rank in ranks)
-    tokens = request.workload.tokens_per_step(config) / step_time / config.gpus
+    tokens = _tokens(ranks, request) / step_time / config.gpus
     peak = gpu.peak_flops_per_second.get(config.precision)
     return Measurement(
         step_time_seconds=step_time,
@@ -84,8 +84,32 @@ def _whole_step_time(ranks: Sequence[RankMeasurement]) -> float | None:
     return statistics.fmean(map(max, zip(*whole, strict=True))) if whole else None
 
 
+def _tokens(ranks: Sequence[RankMeasurement], request: TrialRequest) -> float:
+    """Tokens of an optimizer step, as put together as its time; ranks that share sequences count once."""
+    counted = {request.config.data_parallel_rank(rank.rank): rank for rank in ranks}.values()
+    found = [_own_tokens(rank, request.timed_micro_steps) for rank in counted]
+    known = [tokens for tokens in found if tokens is not None]
+    return sum(known) if len(known) == len(found) else request.workload.tokens_per_step(request.config)
+
+
+def _own_tokens(rank: RankMeasurement, accumulation: int) -> float | None:
+    """Of one rank; None where it did not count."""
+    if rank.long_run is not None:
+        return statistics.fmean(rank.long_run.step_tokens) if rank.long_run.step_tokens else None
+    if not rank.update_step_tokens:
+        return None
+    micro = statistics.fmean(rank.micro_step_tokens) if rank.micro_step_tokens else 0.0
+    return (accumulation - 1) * micro + statistics.fmean(rank.update_step_tokens)
+
+
 def _step_time(rank: RankMeasurement, accumulation: int) -> float:
-    update = statistics.median(rank.update_step_seconds)
+    # The median is no outlier's; where micro-steps differ in tokens, the mean goes with the mean of those.
+    middle = (
+        statistics.fmean
+        if len({*rank.micro_step_tokens}) > 1 or len({*rank.update_step_tokens}) > 1
+        else statistics.median
+    )
+    update = middle(rank.update_step_seconds)
     if accumulation == 1:
         return update
-    return (accumulation - 1) * statistics.median(rank.micro_step_seconds) + update
+    return (accumulation - 1) * middle(rank.micro_step_seconds) + update

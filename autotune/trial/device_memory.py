@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,11 @@ class CpuMemory:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    def track(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that are older than the context."""
+        for tensor in tensors:
+            self._tracker.track(tensor)
 
     def enter_phase(self, phase: Phase) -> None:
         """See `DeviceMemory`."""

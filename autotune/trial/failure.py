@@ -6,7 +6,7 @@ here too; each is quoted from a message that was seen or from the source that ma
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from autotune.spec.outcome import FailureKind, Phase, RankFailure
 from autotune.spec.request import DeviceType
@@ -44,6 +44,14 @@ class NonFiniteLossError(ArithmeticError):
     """A loss is NaN or infinite."""
 
 
+class ReportedFailureError(Exception):
+    """Another process, which ran the rank's work, has failed; it or its end has said why."""
+
+    def __init__(self, failure: RankFailure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
 def is_collateral(text: str) -> bool:
     """Whether a rank's message only says that another rank is gone or late: then the other rank's verdict counts."""
     return bool(_PEER_GONE.search(text)) or is_collective_timeout(text)
@@ -61,6 +69,8 @@ def classify(error: BaseException, *, rank: int, phase: Phase, device: DeviceTyp
     while memory is short fails in other ways. In phase `start` the config has not been looked at yet, so what fails
     there through no fault of our code is `worker_lost`.
     """
+    if isinstance(error, ReportedFailureError):
+        return error.failure
     for cause in _chain(error):
         kind = _memory_kind(cause, device)
         if kind is not None:
@@ -84,6 +94,15 @@ def requested_bytes(text: str) -> int | None:
     """The size in `Tried to allocate 2.00 GiB` (CUDA, rounded by PyTorch) or `tried to allocate 4096 bytes` (CPU)."""
     match = _REQUESTED.search(text)
     return int(float(match[1]) * _UNIT_BYTES[match[2].lower()]) if match else None
+
+
+def memory_kind_of_log(lines: Sequence[str]) -> FailureKind | None:
+    """Which memory the last lines of a log say has run out, if any: for a process that says it nowhere else."""
+    text = "\n".join(lines)
+    # PyTorch's allocator of host memory is that of tensors, which on CPU are the device's.
+    if _DEVICE_OUT_OF_MEMORY.search(text) or "torch.OutOfMemoryError" in text or "DefaultCPUAllocator" in text:
+        return FailureKind.OUT_OF_MEMORY
+    return FailureKind.HOST_OUT_OF_MEMORY if _HOST_OUT_OF_MEMORY.search(text) else None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

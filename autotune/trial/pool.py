@@ -13,6 +13,7 @@ import random
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -205,6 +206,7 @@ class NodePool:
         gang: list[Rank] = []
         failure: RankFailure | None = None
         finished = False
+        scratch = "" if request.script is None else tempfile.mkdtemp(prefix="autotune-trial-")
         try:
             for local_rank, rank in enumerate(ranks):
                 seat = child.Seat(
@@ -218,6 +220,7 @@ class NodePool:
                     log_path=str(self._log_dir / request.trial_id / f"rank{rank}.log"),
                     started=started,
                     gang=name,
+                    scratch=scratch,
                 )
                 gang.append(self._start(seat, request))
             failure = watch(gang, request, cancelled=cancelled, started=started, owner=owner)
@@ -234,6 +237,8 @@ class NodePool:
             wait_for(lambda: not kill_strays(name), STRAYS_SECONDS)
             if request.long_run is not None:  # ranks remove it themselves, unless they were killed
                 shutil.rmtree(self._log_dir / request.trial_id / child.CHECKPOINT, ignore_errors=True)
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
         return result(gang, stuck or failure)
 
     def _evict(self, trial_ids: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ from autotune.trial.long_run import (
     save_and_delete,
 )
 from autotune.trial.measure import Samples, measure_plan, run_micro_steps, warmup_plan
+from autotune.trial.script import await_exit, run_script
 
 GROUP_TIMEOUT_RATIO = 0.9
 """Of the trial's deadline. A net: the parent sees a hang earlier, and must see the deadline later. Groups that a
@@ -47,6 +48,8 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
     Raises:
         Exception: whatever ends the rank; `autotune.trial.failure` knows what it means.
     """
+    if request.script is not None:
+        return run_script(seat, request, request.script, reporter)
     device = _device(seat, request)
     memory = device_memory(device, request.memory_limit_bytes)
     build = _resolve(engine)
@@ -101,6 +104,7 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
 
 def leave_group() -> None:
     """Close the connections after every rank's last collective: a peer must not see them close while it needs them."""
+    await_exit()
     with contextlib.suppress(Exception):  # the result is delivered; a peer that fails now has its own verdict
         dist.barrier()
         dist.destroy_process_group()
