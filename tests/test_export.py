@@ -130,9 +130,57 @@ def test_each_format_alone(tmp_path: Path, store: SqlStore) -> None:
         "deepspeed": {"ds_config.json"},
         "accelerate": {"accelerate.yaml", "ds_config.json"},  # the one names the other
     }
-    assert set(names) | {"train-script"} == {"best", *FORMATS}
+    assert set(names) | {"train-script", "script"} == {"best", *FORMATS}
     for fmt, expected in names.items():
         assert export_files(only_read, fmt) == {name: folder[name] for name in expected}
+    with pytest.raises(UsageError, match="study 'sample' ran no script"):
+        export_files(only_read, "script")
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_command_of_a_script_of_ones_own(tmp_path: Path, store: SqlStore, nodes: int) -> None:
+    script = {
+        "command": "python 'my train.py' {training_args} --batch={micro_batch_size} --name={name} --to {output}",
+        "environment": {"WHERE": "{node_rank} of {nodes}"},
+        "launch": "rank" if nodes == 1 else "node",
+    }
+    (tmp_path / "my train.py").write_text("")
+    search = {"engine": "pytorch", "zero_stage": 3, "micro_batch_size": 2, "activation_checkpointing": "none"}
+    study = finished_study(
+        tmp_path,
+        store,
+        simulate,
+        script=script,
+        cluster={**GPUS, "nodes": nodes},
+        search={**search, "script": {"name": "it's $HOME"}},
+        baseline=...,
+    )
+    files = export_best(study, tmp_path / "out")
+    assert set(files) == {"best.yaml", "training_args.yaml", "launch.sh", "provenance.json", "README.md"}
+    arguments = yaml.safe_load(files["training_args.yaml"].read_text())
+    assert (arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]) == (2, 4 // nodes)
+    assert export_files(study, "script") == {"launch.sh": files["launch.sh"].read_text()}
+    # Commands that only say what they were given stand for the real ones.
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("torchrun", "python"):
+        (programs / name).write_text('#!/bin/sh\nprintf "%s\\n" "$WHERE" "$(basename "$0")" "$@"\n')
+        (programs / name).chmod(0o755)
+    where = {"PATH": f"{programs}:/usr/bin:/bin", "NODE_RANK": "1", "MASTER_ADDR": "first"}
+    ran = subprocess.run([files["launch.sh"], "--more"], env=where, capture_output=True, text=True, check=True)
+    by_hand = [*["--standalone", "--nproc-per-node", "2", "--no-python"], "python"] if nodes == 1 else []
+    assert ran.stdout.splitlines() == [
+        f"{nodes - 1} of {nodes}",
+        "torchrun" if nodes == 1 else "python",
+        *by_hand,
+        "my train.py",
+        str(files["training_args.yaml"]),
+        "--batch=2",
+        "--name=it's $HOME",
+        "--to",
+        "output",
+        "--more",
+    ]
 
 
 def test_a_format_is_refused_not_approximated(tmp_path: Path, store: SqlStore) -> None:

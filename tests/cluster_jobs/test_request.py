@@ -60,6 +60,20 @@ def test_what_is_submitted(tmp_path: Path) -> None:
     assert files == ["models/mine/config.json", "my space.yaml"]
 
 
+def test_a_script_of_ones_own_is_submitted_too(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train.py").write_text("")
+    (tmp_path / "scripts" / "data.bin").write_text("large")
+    path = tmp_path / "space.yaml"
+    search = {"engine": "pytorch", "zero_stage": 0}
+    script = {"command": "python scripts/train.py {training_args}"}
+    path.write_text(space_text(script=script, search=search, baseline=...))
+    (tmp_path / "sent").mkdir()
+    job_request(path, store="sqlite:////a.db").gather(tmp_path / "sent")
+    files = {str(file.relative_to(tmp_path / "sent")) for file in (tmp_path / "sent").rglob("*") if file.is_file()}
+    assert files == {"space.yaml", "scripts/train.py"}
+
+
 def test_the_commit_of_a_space_file(tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_text("a: 1\n")

@@ -9,7 +9,7 @@ from autotune.errors import InvalidSpaceError
 from autotune.predict.plan import plan_memory
 from autotune.predict.remedies import remedies
 from autotune.predict.tracing import structures_of
-from autotune.space.space import load_space
+from autotune.space.space import Space, load_space
 from tests.samples import sample_space
 
 COMMAND = "python train.py {training_args} --optimizer {optimizer}"
@@ -29,9 +29,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def script_space(folder: Path, script: dict[str, Any] | None = None, **search: Any) -> Any:
+def script_space(folder: Path, section: dict[str, Any] | None = None, **search: Any) -> Space:
     given = {key: value for key, value in {**SEARCH, **search}.items() if value is not ...}
-    return sample_space(folder, script={"command": COMMAND, **(script or {})}, search=given, baseline=...)
+    return sample_space(folder, script={"command": COMMAND, **(section or {})}, search=given, baseline=...)
 
 
 def test_knobs_are_axes(folder: Path) -> None:
@@ -129,5 +129,5 @@ def test_a_file_that_cannot_say_a_value_refuses_it(folder: Path) -> None:
 
 def test_the_shipped_example_is_legal() -> None:
     space = load_space(Path(__file__).parents[2] / "search_spaces" / "own-script.yaml")
-    assert len(space.candidates) == 48
+    assert len(space.candidates) == 144
     assert not space.illegal
