@@ -5,7 +5,6 @@ decides what is run next, what is run again, when the budget is spent, and which
 rebuilt from the store, which is the only truth: kill the process at any moment and open the study again.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -15,14 +14,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.confirmation import Confirmation, Run, Verdict, confirmation_seconds, contenders
+from autotune.budget import Spending
+from autotune.confirmation import Confirmation, Run, Verdict, contenders
 from autotune.errors import StoreError
 from autotune.results import (
     Best,
     Counts,
     Ledger,
     Result,
-    Use,
     attempted_outcomes,
     count,
     eligible,
@@ -31,16 +30,12 @@ from autotune.results import (
     ledger,
     must_run_alone,
     standing_outcome,
-    use_of,
 )
 from autotune.space.space import Space, stored_space
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome
 from autotune.spec.prediction import Prediction
 from autotune.spec.record import AttemptState, SpaceRecord, StudyRecord, TrialRecord, Turn
-
-MOST_RESERVED = 0.5
-"""Share of the budget that screening leaves to confirmation, at most."""
 
 
 class Store(Protocol):
@@ -127,16 +122,14 @@ class Study:
         self._sources: dict[TrialConfig, str] = {}
         self._predictions: dict[TrialConfig, Prediction] = {}
         self._running: dict[int, Attempt] = {}
-        self._since: dict[int, float] = {}
         self._again: deque[TrialConfig] = deque()
         self._outside: set[TrialConfig] = set()
         self._confirming: list[Run] = []
         self._screened: str | None = None
         self._verdict: tuple[tuple[int, int], Verdict | None] | None = None
-        self.gpu_seconds_by_use = dict.fromkeys(Use, 0.0)
-        """GPUs x seconds that finished attempts held, over all runs of the study."""
+        self._results: tuple[Result, ...] | None = None
+        self.spending = Spending(space.file.budget, space.cluster.total_gpus)
         self._enough: str | None = None
-        self._started = time.monotonic()
         baseline = space.baseline
         for trial in trials:
             self._numbers[trial.config], self._sources[trial.config] = trial.number, trial.source
@@ -150,7 +143,8 @@ class Study:
             ]
             for attempt in trial.attempts:
                 if attempt.state is not AttemptState.RUNNING:
-                    self._charge(trial.config, ended_outcome(attempt), attempt.turn)
+                    confirming = attempt.turn is not None
+                    self.spending.charge(trial.config, ended_outcome(attempt), confirming=confirming)
             if trial.config not in space and trial.config != baseline:
                 self._outside.add(trial.config)
             elif not self.settled(trial.config):
@@ -251,7 +245,8 @@ class Study:
         return self._begin(attempt)
 
     def _begin(self, attempt: Attempt) -> Attempt:
-        self._running[attempt.id], self._since[attempt.id] = attempt, time.monotonic()
+        self._running[attempt.id] = attempt
+        self.spending.begin(attempt.id, attempt.config.gpus)
         for observer in self.observers:
             observer.started(attempt)
         return attempt
@@ -281,14 +276,15 @@ class Study:
     def record(self, attempt: Attempt, outcome: Outcome) -> None:
         """Store how an attempt ended and decide whether its config is run again."""
         if isinstance(outcome, Failure) and outcome.kind is FailureKind.INTERRUPTED and not outcome.elapsed_seconds:
-            outcome = replace(outcome, elapsed_seconds=time.monotonic() - self._since[attempt.id])
+            outcome = replace(outcome, elapsed_seconds=self.spending.held_seconds(attempt.id))
         self._store.finish_attempt(attempt.id, outcome)
-        del self._running[attempt.id], self._since[attempt.id]
-        self._charge(attempt.config, outcome, attempt.turn)
+        del self._running[attempt.id]
+        self.spending.end(attempt.id, attempt.config, outcome, confirming=attempt.turn is not None)
         if attempt.turn is not None:
             self._confirming.append(Run(attempt.trial, attempt.turn, outcome))
         else:
             self._outcomes[attempt.config].append(outcome)
+            self._results = None
             if not self.settled(attempt.config):
                 self._again.append(attempt.config)
         for observer in self.observers:
@@ -322,15 +318,17 @@ class Study:
     @property
     def stop_reason(self) -> str | None:
         """Why nothing more may be screened, or None. Enough of minutes and GPU-hours is left to confirm the winner."""
-        budget = self.space.file.budget
+        budget, measure = self.space.file.budget, self.space.file.measure
         if self.counts.finished + len(self._being_screened) >= budget.trials:
             return f"{budget.trials} trials"
-        return self._screened or self._enough or self.spent or self._spent(*self._confirmation_cost())
+        if (reason := self._screened or self._enough or self.spent) is not None or not self.spending.is_limited:
+            return reason
+        return self.spending.spent(*self.spending.confirmation_cost(self._contenders(), measure.confirm_steps))
 
     @property
     def spent(self) -> str | None:
         """Which of minutes and GPU-hours is spent, so that nothing at all may be started; None: neither."""
-        return self._spent(0.0, 0.0)
+        return self.spending.spent()
 
     @property
     def finished(self) -> bool:
@@ -342,29 +340,6 @@ class Study:
     @property
     def _being_screened(self) -> list[TrialConfig]:
         return [attempt.config for attempt in self._running.values() if attempt.turn is None]
-
-    def _spent(self, reserved_seconds: float, reserved_gpu_seconds: float) -> str | None:
-        budget = self.space.file.budget
-        if budget.minutes is not None and self.elapsed_seconds + reserved_seconds >= budget.minutes * 60:
-            return f"{budget.minutes:g} minutes"
-        if budget.gpu_hours is not None and self.gpu_seconds + reserved_gpu_seconds >= budget.gpu_hours * 3600:
-            return f"{budget.gpu_hours:g} GPU-hours"
-        return None
-
-    def _confirmation_cost(self) -> tuple[float, float]:
-        """Seconds and GPU-seconds that confirming those who lead now will take, at most a share of the budget."""
-        budget, measure = self.space.file.budget, self.space.file.measure
-        if budget.minutes is None and budget.gpu_hours is None:
-            return 0.0, 0.0
-        seconds = gpu_seconds = 0.0
-        for _, config, outcome in self._contenders():
-            if isinstance(outcome, Measurement):
-                took = confirmation_seconds(outcome, measure.confirm_steps)
-                seconds, gpu_seconds = seconds + took, gpu_seconds + took * config.gpus
-        return (
-            min(seconds, MOST_RESERVED * 60 * (budget.minutes or 0)),
-            min(gpu_seconds, MOST_RESERVED * 3600 * (budget.gpu_hours or 0)),
-        )
 
     def _contenders(self) -> list[Result]:
         file = self.space.file
@@ -389,29 +364,14 @@ class Study:
     # What is known
 
     @property
-    def elapsed_seconds(self) -> float:
-        """Since this process opened the study."""
-        return time.monotonic() - self._started
-
-    @property
-    def gpu_seconds(self) -> float:
-        """GPUs x seconds that attempts held, over all runs of the study, those included that run now."""
-        now = time.monotonic()
-        held = [(now - self._since[number], attempt.config.gpus) for number, attempt in self._running.items()]
-        # Of several that run, some may wait for their GPUs; together they hold no more than there are.
-        longest = max((seconds for seconds, _ in held), default=0.0)
-        running = min(sum(s * gpus for s, gpus in held), longest * self.space.cluster.total_gpus)
-        return sum(self.gpu_seconds_by_use.values()) + running
-
-    def _charge(self, config: TrialConfig, outcome: Outcome, turn: Turn | None) -> None:
-        self.gpu_seconds_by_use[use_of(outcome, confirming=turn is not None)] += outcome.elapsed_seconds * config.gpus
-
-    @property
-    def results(self) -> list[Result]:
+    def results(self) -> tuple[Result, ...]:
         """Every trial of the current axes whose outcome stands, by number."""
-        inside = ((config, outcomes) for config, outcomes in self._outcomes.items() if config not in self._outside)
-        standing = ((self._numbers[config], config, standing_outcome(outcomes)) for config, outcomes in inside)
-        return sorted((Result(n, c, o) for n, c, o in standing if o is not None), key=lambda result: result.trial)
+        if self._results is None:
+            inside = ((config, outcomes) for config, outcomes in self._outcomes.items() if config not in self._outside)
+            standing = ((self._numbers[config], config, standing_outcome(outcomes)) for config, outcomes in inside)
+            found = (Result(number, config, outcome) for number, config, outcome in standing if outcome is not None)
+            self._results = tuple(sorted(found, key=lambda result: result.trial))
+        return self._results
 
     @property
     def ledger(self) -> Ledger:

@@ -347,7 +347,7 @@ def test_gpu_hours_are_never_exceeded_by_more_than_what_runs(
 
         while True:
             while len(running) < at_once:
-                before = study.gpu_seconds
+                before = study.spending.gpu_seconds
                 attempt = study.next_attempt(lambda: next((c for c in left if not study.known(c)), None))
                 attempt = attempt or study.next_confirmation()
                 if attempt is None:
@@ -360,7 +360,7 @@ def test_gpu_hours_are_never_exceeded_by_more_than_what_runs(
             attempt = running.pop(0)
             outcome = measurement(100.0) if attempt.turn is None else confirmed([10.0, 10.0])
             study.record(attempt, replace(outcome, elapsed_seconds=took(attempt)))
-        assert study.gpu_seconds <= allowed
+        assert study.spending.gpu_seconds <= allowed
 
 
 def test_screening_leaves_what_the_confirmation_needs(tmp_path: Path, store: SqlStore) -> None:

@@ -145,7 +145,7 @@ def test_gpu_hours_end_the_study(tmp_path: Path, store: SqlStore) -> None:
     study = Study.open(space, store)
     attempts = drive(study, lambda _: measurement())  # 2 s on 2 workers each
     assert len(attempts) == 3
-    assert study.gpu_seconds == 12
+    assert study.spending.gpu_seconds == 12
     assert "GPU-hours" in str(study.stop_reason)
     assert drive(Study.open(space, store)) == []
 
@@ -253,9 +253,9 @@ def test_gpu_seconds_are_told_by_what_they_went_into(tmp_path: Path, store: SqlS
     study = Study.open(space, store)
     drive(study, lambda _: next(outcomes))
     for seen in (study, Study.open(space, store)):
-        spent = {use.value: seconds for use, seconds in seen.gpu_seconds_by_use.items() if seconds}
+        spent = {use.value: seconds for use, seconds in seen.spending.gpu_seconds_by_use.items() if seconds}
         assert spent == {"screening": 4.0, "out_of_memory": 2.0, "failed": 4.0, "stopped_early": 2.0}
-        assert seen.gpu_seconds == 12.0
+        assert seen.spending.gpu_seconds == 12.0
         counts = seen.counts
         assert (counts.complete, counts.out_of_memory, counts.failed, counts.stopped_early) == (1, 1, 1, 1)
         assert counts.finished == 4
@@ -266,7 +266,7 @@ def test_what_runs_counts_and_no_more_than_there_are_gpus(tmp_path: Path, store:
     for _ in range(3):
         study.next_attempt(in_order(study))
     time.sleep(0.05)
-    assert 2 * 0.05 <= study.gpu_seconds <= 2 * 5  # three trials of two GPUs, of which there are two
+    assert 2 * 0.05 <= study.spending.gpu_seconds <= 2 * 5  # three trials of two GPUs, of which there are two
 
 
 def test_a_trial_that_was_stopped_early_never_wins(tmp_path: Path, store: SqlStore) -> None:

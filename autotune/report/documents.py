@@ -16,7 +16,7 @@ def study_document(study: Study, artifacts: dict[str, Path]) -> dict[str, Any]:
         "study": study.space.name,
         "trials": counts_document(study.counts),
         "stop_reason": study.stop_reason,
-        "gpu_seconds": {use.value: seconds for use, seconds in study.gpu_seconds_by_use.items()},
+        "gpu_seconds": {use.value: seconds for use, seconds in study.spending.gpu_seconds_by_use.items()},
         "best": None if best is None else best_document(best),
         "baseline": None if baseline is None else baseline.to_dict(),
         "confirmation": None if study.verdict is None else verdict_document(study.verdict),

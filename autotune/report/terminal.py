@@ -151,7 +151,7 @@ def counts_text(counts: Counts) -> str:
 
 def cost_text(study: Study) -> str:
     """What the study cost, over all its runs, and what that went into."""
-    spent = study.gpu_seconds_by_use
+    spent = study.spending.gpu_seconds_by_use
     parts = [f"{use.value.replace('_', ' ')} {_gpu_time(seconds)}" for use, seconds in spent.items() if seconds]
     return f"{_gpu_time(sum(spent.values()))}: {', '.join(parts)}"
 
@@ -311,7 +311,7 @@ def result_panel(study: Study, artifacts: dict[str, Path], advice: str = "") -> 
     """The verdict and where the files are; where there is none, what would help."""
     best, counts = study.best(), study.counts
     summary = counts_text(counts)
-    summary += f" in {format_seconds(study.elapsed_seconds)}"
+    summary += f" in {format_seconds(study.spending.elapsed_seconds)}"
     if best is None:
         words = f"No trial is eligible. {summary}." + (f"\nBy prediction {advice}." if advice else "")
         return Panel(Text(words), title="nothing found", border_style="yellow")

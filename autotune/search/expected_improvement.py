@@ -64,6 +64,8 @@ _MOST_ROWS = 256
 """Observations of throughput that are kept: the best half of them, and evenly of the rest."""
 _NEAR_ROWS = 128
 """Observations of memory that are kept: those next to the capacity, which decide."""
+MOST_TRIED = 512
+"""Trials that tell how probable others of their kind are to run: failures first, and evenly of the rest."""
 _CHUNK = 2048
 _BLOCK = 512
 
@@ -233,12 +235,12 @@ class _View:
 
         timed, sized = self._timed(observed), self._sized(observed)
         tried = [one for one in observed if one.failed or one.throughput is not None or one.at_most is not None]
-        self._set_rows(timed, sized, np.array([one.candidate for one in tried], np.int64))
+        where, self._stands_for, self._failed = sampled(tried)
+        self._set_rows(timed, sized, where)
         cross = search._correlation(self._at, self._at).astype(float)
         of_time, of_size = np.ix_(self._of_time, self._of_time), np.ix_(self._of_size, self._of_size)
         self._time = search._time.condition(timed, cross[of_time], _ROUNDS, averaged=averaged)
         self._memory = search._memory.condition(sized, cross[of_size], 1)
-        self._failed = np.array([float(one.failed) for one in tried])
         self._set_weights()
         self._running: tuple[float, float] | None = None
         if pending:
@@ -270,7 +272,7 @@ class _View:
             (
                 (self._of_time, self._time.local_weights),
                 (self._of_size, self._memory.local_weights),
-                (self._of_trial, np.ones(len(self._of_trial))),
+                (self._of_trial, self._stands_for),
                 (self._of_trial, self._failed),
             )
         ):
@@ -426,6 +428,17 @@ class _Judgement:
     def log_success(self) -> Values:
         """That it fits and runs."""
         return self.log_fits + self.log_runs
+
+
+def sampled(tried: Sequence[Observed]) -> tuple[Indices, Values, Values]:
+    """Candidates of at most `MOST_TRIED` trials, how many trials each stands for, and how many failures."""
+    failed = [one for one in tried if one.failed][-MOST_TRIED // 2 :]
+    ran = [one for one in tried if not one.failed]
+    kept = MOST_TRIED - len(failed)
+    chosen = ran if len(ran) <= kept else [ran[at] for at in np.linspace(0, len(ran) - 1, kept).astype(int)]
+    weights = np.repeat([1.0, len(ran) / max(1, len(chosen))], [len(failed), len(chosen)])
+    where = np.array([one.candidate for one in failed + chosen], np.int64)
+    return where, weights, np.array([float(one.failed) for one in failed + chosen])
 
 
 def _between(median: Values, deviation: Values, coverage: float) -> tuple[Values, Values]:

@@ -46,6 +46,7 @@ class PlanSampler(BaseSampler):
         self._left = study.worth_a_launch
         self._search = ExpectedImprovement(candidates_of(plan, self._left))
         self._timed = plan.times is not None
+        self._taught: dict[TrialConfig, Observed | None] = {}
         self._libraries = ThreadpoolController()
         self._random = RandomSampler(seed=seed)
         self.proposal: Proposal | None = None
@@ -62,9 +63,7 @@ class PlanSampler(BaseSampler):
     ) -> dict[str, Any]:
         """The parameters of the best candidate; none where no candidate is left that may fit."""
         observed = [
-            found
-            for _, config, outcome in self._study.results
-            if (at := self._place(config)) is not None and (found := observation(at, outcome)) is not None
+            found for _, config, outcome in self._study.results if (found := self._lesson(config, outcome)) is not None
         ]
         # Where nothing says how fast candidates are, what was measured says it of all alike.
         speeds = [one.throughput for one in observed if one.throughput is not None]
@@ -91,9 +90,16 @@ class PlanSampler(BaseSampler):
         values = self._space.values(self._space.candidates[int(self._left[proposal.candidate])])
         return {axis: values[axis] for axis in search_space}
 
+    def _lesson(self, config: TrialConfig, outcome: Outcome) -> Observed | None:
+        """What a trial's outcome, which stands, teaches; found out once."""
+        if config not in self._taught:
+            at = self._place(config)
+            self._taught[config] = None if at is None else observation(at, outcome)
+        return self._taught[config]
+
     def _place(self, config: TrialConfig) -> int | None:
         """Where a config is among the candidates that are worth a launch; None for any other."""
-        if config not in self._space:
+        if config not in self._space.candidates:
             return None
         at = self._space.candidates.index(config)
         place = int(np.searchsorted(self._left, at))

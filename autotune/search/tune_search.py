@@ -77,8 +77,10 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
         searched = distributions(study.space) or {"engine": CategoricalDistribution(study.space.axes["engine"])}
         super().__init__(space=searched, metric=OBJECTIVE, mode="max", sampler=sampler)
         self._distributions = searched
-        for _, config, outcome in study.results:
-            self._add_finished(config, outcome)
+        if not isinstance(sampler, Explains):  # which reads the study itself
+            worst = self._worst()
+            for _, config, outcome in study.results:
+                self._add_finished(config, *self._lesson(outcome, worst))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial for Ray Tune; None while it may ask again later, `FINISHED` at the study's end.
@@ -115,7 +117,7 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
         trial = self._ot_trials.pop(trial_id, None)
         if trial is None:
             return
-        value, violation = self._lesson(outcome)
+        value, violation = self._lesson(outcome, self._worst())
         if value is None or not self._study.settled(attempt.config):
             self._ot_study.tell(trial, state=TrialState.FAIL)
             return
@@ -188,8 +190,7 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
             self._ot_study.enqueue_trial(params)
             self._ot_trials[trial_id] = self._ot_study.ask(self._distributions)
 
-    def _add_finished(self, config: TrialConfig, outcome: Outcome) -> None:
-        value, violation = self._lesson(outcome)
+    def _add_finished(self, config: TrialConfig, value: float | None, violation: float) -> None:
         params = self._params(config)
         if value is None or params is None:
             return
@@ -203,14 +204,17 @@ class TuneSearch(OptunaSearch):  # type: ignore[misc] # Ray ships no types
             )
         )
 
-    def _lesson(self, outcome: Outcome) -> tuple[float | None, float]:
+    def _worst(self) -> float:
+        """Tokens per second and GPU of the slowest eligible trial; 0.0 where there is none."""
+        feasible = [o for _, _, o in self._study.results if isinstance(o, Measurement) and self._study.eligible(o)]
+        return min((o.tokens_per_second_per_gpu for o in feasible), default=0.0)
+
+    def _lesson(self, outcome: Outcome, worst: float) -> tuple[float | None, float]:
         """(objective, constraint violation) as Optuna is told; objective None teaches nothing.
 
         A config that cannot run is COMPLETE with the worst feasible value and a positive violation: Optuna's samplers
         ignore FAIL, and its Gaussian process ignores PRUNED.
         """
-        feasible = [o for _, _, o in self._study.results if isinstance(o, Measurement) and self._study.eligible(o)]
-        worst = min((o.tokens_per_second_per_gpu for o in feasible), default=0.0)
         if isinstance(outcome, Measurement):
             usable = (1 - self._tune_space.file.memory_headroom) * outcome.device_memory_bytes
             over = outcome.peak_device_used_bytes / usable - 1

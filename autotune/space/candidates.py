@@ -81,6 +81,7 @@ class Candidates(Sequence[TrialConfig]):
         self._make_config = make_config
         self._values_of = values_of
         self.columns = Columns(grid)
+        self._places: dict[TrialConfig, int | None] = {}
 
     def __len__(self) -> int:
         """How many there are."""
@@ -116,6 +117,12 @@ class Candidates(Sequence[TrialConfig]):
         return at
 
     def _find(self, config: TrialConfig) -> int | None:
+        """Where a config stands, None where it is none of them; remembered, since a study asks often for its trials."""
+        if config not in self._places:
+            self._places[config] = self._looked_up(config)
+        return self._places[config]
+
+    def _looked_up(self, config: TrialConfig) -> int | None:
         cell = self._grid.cell(self._values_of(config))
         at = int(np.searchsorted(self._grid.legal, np.int32(cell)))
         found = at < len(self) and self._grid.legal[at] == cell and self._config(cell) == config

@@ -119,8 +119,9 @@ class Grid:
     def values(self, cell: int) -> dict[str, Scalar]:
         """One value per axis, the first where it does not apply."""
         found = {axis: values[0] for axis, values in self.axes.items()}
-        for axis, at in zip(self.dimensions, np.unravel_index(cell, self.verdicts.shape), strict=True):
-            found[axis] = self.axes[axis][int(at)]
+        for axis in reversed(self.dimensions):
+            cell, at = divmod(cell, len(self.axes[axis]))
+            found[axis] = self.axes[axis][at]
         return found
 
     def cell(self, values: Mapping[str, Scalar]) -> int:

@@ -150,6 +150,8 @@ class Space:
 
     def __contains__(self, config: TrialConfig) -> bool:
         """Whether the config is a legal candidate of these axes."""
+        if "candidates" in vars(self):  # judged already
+            return config in self.candidates
         values = self.values(config)
         if not all(values[axis] in (*allowed, NOT_APPLICABLE) for axis, allowed in self.axes.items()):
             return False

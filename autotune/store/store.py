@@ -1,6 +1,7 @@
 """`SqlStore`: studies, trials and attempts in a database. It is the truth; everything in memory is rebuilt from it."""
 
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -144,7 +145,7 @@ class SqlStore:
             .join(Attempt, Attempt.trial_id == Trial.id)
             .order_by(Trial.number, Attempt.number)
         )  # fmt: skip
-        with self._reading() as session:
+        with self._reading() as session, _without_collection():
             query = query.where(Trial.study_id == self._study_id(session, study))
             # In portions: all rows of a long study beside their records would take twice the memory.
             rows = session.execute(query.execution_options(yield_per=500))
@@ -317,6 +318,18 @@ class SqlStore:
             known = f"it has {', '.join(names)}" if names else "it holds no study yet"
             raise StoreError(f"study {name!r} is not in {self.shown_url}; {known}")
         return found
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Nothing that is read can be garbage yet, and looking for some among it takes as long as reading it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _now() -> datetime:

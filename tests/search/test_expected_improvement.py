@@ -341,6 +341,17 @@ def test_many_candidates(finished: int) -> None:
     assert proposal.rank_by_throughput >= 1
 
 
+@pytest.mark.parametrize(("failures", "others"), [(0, 0), (3, 40), (10, 2000), (900, 900)])
+def test_of_many_trials_a_sample_stands_for_all(failures: int, others: int) -> None:
+    tried = [Observed(candidate=at, failed=True) for at in range(failures)]
+    tried += [Observed(candidate=at, throughput=1.0) for at in range(failures, failures + others)]
+    where, stands_for, failed = module.sampled(tried)
+    assert len(where) == min(len(tried), module.MOST_TRIED)
+    assert failed.sum() == min(failures, module.MOST_TRIED // 2)
+    assert stands_for[failed == 0].sum() == pytest.approx(others)
+    assert (where < failures).tolist() == (failed == 1).tolist()
+
+
 Make = Callable[[World], Observed]
 
 

@@ -1,7 +1,7 @@
 """Our sampler under `TuneSearch`: it finds the optimum of a small world in few launches, and never repeats itself."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,12 @@ import pytest
 
 from autotune.predict.plan import Plan
 from autotune.report.terminal import why_text
+from autotune.results import standing_outcome
 from autotune.search.columns import candidates_of, features_of
 from autotune.search.plan_sampler import PlanSampler, observation
 from autotune.search.tune_search import TuneSearch
 from autotune.space.space import Space
-from autotune.spec.outcome import FailureKind, Measurement
+from autotune.spec.outcome import FailureKind, Measurement, Outcome
 from autotune.store.store import SqlStore, open_store
 from autotune.study import Study
 from tests.samples import MIB, failure, measurement, sample_space, simulate
@@ -98,6 +99,24 @@ def test_a_resumed_study_goes_on_from_what_is_stored(tmp_path: Path, store: SqlS
     after = drive(a_search(Study.open(space, store, plan), plan))
     assert not set(before) & set(after)
     assert len(before) + len(after) == 12
+
+
+def test_each_stored_trial_is_looked_at_a_few_times_however_many_there_are(
+    tmp_path: Path, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = conditional_space(tmp_path, budget={"trials": 1000, "stop_below_gain": 0})
+    plan = a_plan(space)
+    stored = len(drive(a_search(Study.open(space, store, plan), plan), limit=20))
+    looks: list[int] = []
+
+    def counted(outcomes: Sequence[Outcome]) -> Outcome | None:
+        looks.append(1)
+        return standing_outcome(outcomes)
+
+    monkeypatch.setattr("autotune.study.standing_outcome", counted)
+    study = Study.open(space, store, plan)
+    assert isinstance(a_search(study, plan).suggest("next"), dict)
+    assert len(looks) <= 3 * stored
 
 
 def test_what_outcomes_teach() -> None:
