@@ -1,13 +1,11 @@
 """Is the predicted peak memory of a trial the measured one? Every config of the demo space, on CPU.
 
-    python benchmarks/memory_cpu.py [--sample N] [--repeats 1] [--keep DIR] [--json]
+    python benchmarks/memory_cpu.py [--sample N] [--keep DIR] [--json]
 
 Each legal candidate of `search_spaces/tiny-cpu.yaml`, both engines, runs as a study would run it: two ranks of a
 `NodePool` on gloo, with the file's own measuring protocol, and with a limit so large that nothing runs out of memory.
-Its measured peak is that of the fullest rank: bytes of live tensors, which on a CPU are the device's memory. Of
---repeats runs the lowest counts, because on a busy machine gloo's threads now and then hold on to a message while the
-step goes on, which can only add; by how much runs of one config differ is reported beside it. Its prediction is
-`predict_memory`, which sees nothing of the run. By engine:
+Its measured peak is that of the fullest rank: bytes of live tensors, which on a CPU are the device's memory. Its
+prediction is `predict_memory`, which sees nothing of the run. By engine:
 
 - error: |predicted / measured - 1|. Gates on the largest: 1 % on `pytorch`, 3 % on `deepspeed`.
 - verdict: at ten limits, spread evenly between the smallest and the largest measured peak, does "predicted peak within
@@ -56,17 +54,11 @@ class Row:
     """One config."""
 
     config: TrialConfig
-    measured: list[int]
-    """Bytes, of each run."""
+    measured_bytes: int
     predicted_bytes: int | None
     """None where the structure could not be traced."""
     remark: str
     """`approximate`, or why there is no prediction; mostly empty."""
-
-    @property
-    def measured_bytes(self) -> int:
-        """What counts: the lowest."""
-        return min(self.measured)
 
     @property
     def error(self) -> float:
@@ -80,27 +72,22 @@ class Peaks:
     def __init__(self, folder: Path, space: Space, versions: dict[str, str]) -> None:
         self._file = folder / "measured.json"
         self._protocol = json.dumps({"space": space.identity, "versions": versions}, sort_keys=True)
-        self._bytes: dict[str, list[int]] = {}
+        self._bytes: dict[str, int] = {}
         if self._file.exists():
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             if stored["protocol"] == self._protocol:
                 self._bytes = stored["peak_bytes"]
 
-    def measure(
-        self, configs: Iterable[TrialConfig], space: Space, repeats: int, logs: Path
-    ) -> dict[TrialConfig, list[int]]:
-        """Peak bytes of the fullest rank in each run; a trial that fails is an error."""
+    def measure(self, configs: Iterable[TrialConfig], space: Space, logs: Path) -> dict[TrialConfig, int]:
+        """Peak bytes of the fullest rank; a trial that fails is an error."""
         configs = list(configs)
-        done = {config: len(self._bytes.get(_key(config), [])) for config in configs}
-        missing = [config for repeat in range(repeats) for config in configs if done[config] <= repeat]
+        missing = [config for config in configs if _key(config) not in self._bytes]
         if missing:
             pool = NodePool(device="cpu", log_dir=str(logs))
             try:
                 for number, config in enumerate(missing, 1):
                     started = time.monotonic()
-                    self._bytes.setdefault(_key(config), []).append(
-                        measure(pool, space, config, _key(config)).peak_memory_allocated_bytes
-                    )
+                    self._bytes[_key(config)] = measure(pool, space, config, _key(config)).peak_memory_allocated_bytes
                     self._write()
                     seconds = time.monotonic() - started
                     print(f"{number}/{len(missing)} {_key(config)}: {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -123,7 +110,7 @@ def _key(config: TrialConfig) -> str:
     )
 
 
-def predicted(config: TrialConfig, measured: list[int], space: Space) -> Row:
+def predicted(config: TrialConfig, measured: int, space: Space) -> Row:
     """A row; a structure that cannot be traced is one, too."""
     accumulates = space.workload.gradient_accumulation_steps(config) > 1
     try:
@@ -158,7 +145,6 @@ def judge(rows: list[Row], largest_error: float) -> dict[str, Any]:
         "within_3_percent": sum(error <= 0.03 for error in errors),
         "smallest_peak_bytes": low,
         "largest_peak_bytes": high,
-        "runs_differ_max": max(max(row.measured) / row.measured_bytes - 1 for row in known),
         "verdicts": len(verdicts),
         "verdicts_right": sum(verdicts),
         "approximate": [_key(row.config) for row in known if row.remark == "approximate"],
@@ -168,13 +154,13 @@ def judge(rows: list[Row], largest_error: float) -> dict[str, Any]:
     }
 
 
-def compare(sample: int | None, repeats: int, folder: Path) -> dict[str, Any]:
+def compare(sample: int | None, folder: Path) -> dict[str, Any]:
     """Measure, predict, judge."""
     space = load_space(SPACE)
     configs = list(space.candidates)
     random.Random(SEED).shuffle(configs)
     versions = environment("cpu")
-    measured = Peaks(folder, space, versions).measure(configs[:sample], space, repeats, folder / "logs")
+    measured = Peaks(folder, space, versions).measure(configs[:sample], space, folder / "logs")
     rows = [predicted(config, peaks, space) for config, peaks in measured.items()]
     engines = {
         engine: judge(found, largest_error)
@@ -223,20 +209,17 @@ def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, metavar="N", help="only so many candidates")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs of each candidate")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where measured peaks are kept for a later run")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     if options.sample is not None and options.sample < 1:
         parser.error(f"found --sample {options.sample}, but it must be at least 1")
-    if options.repeats < 1:
-        parser.error(f"found --repeats {options.repeats}, but it must be at least 1")
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
-        report = compare(options.sample, options.repeats, options.keep)
+        report = compare(options.sample, options.keep)
     else:
         with tempfile.TemporaryDirectory(prefix="memory-", ignore_cleanup_errors=True) as scratch:
-            report = compare(options.sample, options.repeats, Path(scratch))
+            report = compare(options.sample, Path(scratch))
     show(report)
     if options.json:
         print(json.dumps(report))

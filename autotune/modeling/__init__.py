@@ -7,4 +7,5 @@ tensor_parallel.py which rank has what of each matrix
 ulysses.py         sequences in pieces, and heads in attention
 checkpoint.py      weights of a model that is spread over ranks, from and to safetensors
 memory_tracker.py  live and peak bytes of tensors, with a limit, on any device and on fake tensors
+messages.py        what is on its way between ranks, and holds no memory once it has arrived
 """

@@ -5,6 +5,8 @@ any device, FakeTensors and the local parts of DTensors included, which makes on
 limit that is exact to the byte on CPU, where there is no allocator to ask; the peak of a real CPU trial; and the
 prediction of a step that was only traced.
 
+A message that has been received holds nothing, whatever the threads of the library still do with it: see `messages`.
+
 What it does not see: temporaries inside one operator, tensors made before it was entered and not touched since (their
 storage counts from the first operator that returns them), memory that no tensor owns (contexts, workspaces, buffers of
 the communication library), and an allocator's fragmentation.
@@ -16,6 +18,8 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
+
+from autotune.modeling.messages import IN_FLIGHT, threads_work_on
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -30,13 +34,19 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit_bytes = limit_bytes
         self.round_to = round_to
-        self.live_bytes = 0
         self.peak_bytes = 0
         self.phase = ""
         """Name of what the caller is doing; the first half of a site."""
         self.sites: dict[tuple[str, str], int] = {}
         """Highest live bytes after each (phase, operator)."""
+        self._live_bytes = 0
         self._storages: dict[int, int] = {}  # storage -> bytes counted
+
+    @property
+    def live_bytes(self) -> int:
+        """Now."""
+        IN_FLIGHT.let_go()
+        return self._live_bytes
 
     def reset_peak(self) -> None:
         """Forget peak and sites; what is live stays counted."""
@@ -68,7 +78,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        IN_FLIGHT.let_go()
+        call = IN_FLIGHT.send if threads_work_on(func, args) else _call
+        result = call(func, args, kwargs or {})
         grown = sum(self._count(leaf) for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor))
         self._note(str(func), grown)
         return result
@@ -92,11 +104,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             weakref.finalize(storage, self._release, key).atexit = False
         grown = size - (known or 0)
         self._storages[key] = size
-        self.live_bytes += grown
+        self._live_bytes += grown
         return grown
 
     def _release(self, key: int) -> None:
-        self.live_bytes -= self._storages.pop(key)
+        self._live_bytes -= self._storages.pop(key)
 
     def _note(self, site: str, grown: int) -> None:
         """Record the live bytes after an operator that added `grown`, and refuse them if they are too many.
@@ -104,11 +116,15 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Raises:
             torch.OutOfMemoryError: the limit is passed. The tensor dies with the exception, and is then uncounted.
         """
-        if self.limit_bytes is not None and grown > 0 and self.live_bytes > self.limit_bytes:
+        if self.limit_bytes is not None and grown > 0 and self._live_bytes > self.limit_bytes:
             raise torch.OutOfMemoryError(
                 f"Memory limit reached in {site}: tried to allocate {grown} bytes"
-                f" on top of {self.live_bytes - grown} live bytes, with a limit of {self.limit_bytes} bytes."
+                f" on top of {self._live_bytes - grown} live bytes, with a limit of {self.limit_bytes} bytes."
             )
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
         key = (self.phase, site)
-        self.sites[key] = max(self.sites.get(key, 0), self.live_bytes)
+        self.sites[key] = max(self.sites.get(key, 0), self._live_bytes)
+
+
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
