@@ -197,7 +197,6 @@ def show(report: dict[str, Any]) -> None:
             f" {found['predicted_to_the_byte']} to the byte, {found['within_1_percent']} within 1 %,"
             f" {found['within_3_percent']} within 3 %"
         )
-        print(f"  runs of one config differ by {found['runs_differ_max']:.2%} at most")
         print(f"  verdict right: {found['verdicts_right']} of {found['verdicts']} (each config at {LIMITS} limits)")
         for key, error in found["worst"].items():
             print(f"  off by {error:.4%}: {key}")
