@@ -70,8 +70,8 @@ def tune(
     from autotune.export import export_best
     from autotune.metrics import StudyMetrics
     from autotune.predict.plan import plan_memory
-    from autotune.predict.remedies import remedies, remedies_text, require_feasible, underestimate
-    from autotune.report.documents import study_document
+    from autotune.predict.remedies import remedies, require_feasible, underestimate
+    from autotune.report.documents import remedies_document, study_document
     from autotune.report.terminal import Progress, Tracing, result_panel
     from autotune.search.runner import LauncherName, run_study
     from autotune.search.samplers import SamplerName
@@ -102,13 +102,13 @@ def tune(
                     raise _taken_over(study) from None
                 raise
         artifacts = export_best(study, folder)
-    advice = ""
-    if study.best() is None and study.counts.out_of_memory and plan.knows_memory:
+    advice = None
+    if study.best() is None and (study.counts.out_of_memory or study.counts.complete) and plan.knows_memory:
         with Tracing(talk) as on_traced:
-            advice = remedies_text(remedies(plan, underestimate(plan, study.results), on_traced), space)
+            advice = remedies(plan, underestimate(plan, study.results), on_traced)
     (talk if as_json else Console()).print(result_panel(study, artifacts, advice))
     if as_json:
-        print_json(study_document(study, artifacts) | {"advice": advice or None})
+        print_json(study_document(study, artifacts) | {"advice": None if advice is None else remedies_document(advice)})
     raise typer.Exit(_exit_code(study))
 
 

@@ -4,7 +4,7 @@ The start is the candidate that needs least. Each lever is tried alone, then all
 offload; and, by doublings, the number of GPUs. The first of each kind that fits is told.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,11 +17,13 @@ from autotune.predict.tracing import OnTraced, structures_of, trace_structures
 from autotune.results import Result
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
-from autotune.spec.outcome import Failure, FailureKind
+from autotune.spec.outcome import FailureKind, Measurement
 from autotune.units import format_bytes
 
 MOST_DOUBLINGS = 6
 """Of the number of GPUs that are tried."""
+
+NO_REMEDY = f"neither a lever nor {2**MOST_DOUBLINGS} times as many GPUs would help"
 
 _SMALLEST: dict[str, Any] = {"micro_batch_size": 1, "activation_checkpointing": "full", "selective_every": None}
 _LEVERS: tuple[dict[str, Any], ...] = (
@@ -74,20 +76,24 @@ def remedies(plan: Plan, scale: float = 1.0, on_traced: OnTraced = lambda done, 
 
 
 def underestimate(plan: Plan, results: Iterable[Result]) -> float:
-    """What trials that ran out of memory needed at least, as a multiple of what was predicted; 1.0 if no more."""
+    """What trials needed, at least where they ran out of it, as a multiple of what was predicted; 1.0 if no more."""
     ratios = [1.0]
     for _, config, outcome in results:
         predicted = plan.of(config)
-        if predicted is not None and isinstance(outcome, Failure) and outcome.kind is FailureKind.OUT_OF_MEMORY:
+        if predicted is None:
+            continue
+        if isinstance(outcome, Measurement):
+            ratios.append(outcome.peak_device_used_bytes / predicted.device_used_bytes)
+        elif outcome.kind is FailureKind.OUT_OF_MEMORY:
             ratios.append(plan.space.cluster.memory_bytes / predicted.device_used_bytes)
     return max(ratios)
 
 
-def remedies_text(found: list[Remedy], space: Space) -> str:
+def remedies_text(found: Sequence[Remedy]) -> str:
     """In a few words, also where there is none."""
     if not found:
-        return f"neither a lever nor {2**MOST_DOUBLINGS} times as many GPUs would help"
-    return "would fit: " + "; ".join(f"{r.words} ({format_bytes(r.device_used_bytes)} each)" for r in found)
+        return NO_REMEDY
+    return "would fit: " + "; ".join(f"{r.words} ({format_bytes(r.device_used_bytes)} a GPU)" for r in found)
 
 
 def require_feasible(plan: Plan, on_traced: OnTraced = lambda done, total: None) -> None:
@@ -103,7 +109,7 @@ def require_feasible(plan: Plan, on_traced: OnTraced = lambda done, total: None)
     raise NothingFeasibleError(
         f"{space.where}: none of the {len(plan.device_used_bytes)} candidates fits in"
         f" {format_bytes(space.usable_bytes)}; the smallest, {space.candidates[at].describe()}, needs"
-        f" {format_bytes(plan.device_used_bytes[at])}; {remedies_text(remedies(plan, on_traced=on_traced), space)}"
+        f" {format_bytes(plan.device_used_bytes[at])}; {remedies_text(remedies(plan, on_traced=on_traced))}"
     )
 
 

@@ -1,8 +1,10 @@
 """A study as plain JSON data: what `--json` prints."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from autotune.predict.remedies import Remedy
 from autotune.report.verdict import verdict_document
 from autotune.results import Best, Counts, Ledger, attempted_outcomes, standing_outcome
 from autotune.spec.record import AttemptRecord, StudyRecord, TrialRecord
@@ -38,6 +40,13 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
             "median_error_when_launched": ledger.median_launch_error if ledger.launch_errors else None,
         },
     }
+
+
+def remedies_document(remedies: Sequence[Remedy]) -> list[dict[str, Any]]:
+    """What would fit where nothing does."""
+    return [
+        {"change": words, "device_used_bytes": used, "config": config.to_dict()} for words, config, used in remedies
+    ]
 
 
 def studies_document(rows: list[tuple[StudyRecord, Counts]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A study in the terminal: live while it runs, one line a trial when the output is no terminal, and its result."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autotune.confirmation import ROUNDS
+from autotune.predict.remedies import NO_REMEDY, Remedy
 from autotune.report.verdict import confirmation_text, gain_text, notes, speed_text
 from autotune.results import Counts, Result
 from autotune.space.space import Space
@@ -307,14 +308,13 @@ class Tracing:
         self._progress.update(self._task, completed=done)
 
 
-def result_panel(study: Study, artifacts: dict[str, Path], advice: str = "") -> RenderableType:
-    """The verdict and where the files are; where there is none, what would help."""
+def result_panel(study: Study, artifacts: dict[str, Path], advice: Sequence[Remedy] | None = None) -> RenderableType:
+    """The verdict and where the files are; where there is none, what would help, if that was looked for."""
     best, counts = study.best(), study.counts
     summary = counts_text(counts)
     summary += f" in {format_seconds(study.spending.elapsed_seconds)}"
     if best is None:
-        words = f"No trial is eligible. {summary}." + (f"\nBy prediction {advice}." if advice else "")
-        return Panel(Text(words), title="nothing found", border_style="yellow")
+        return _panel(_nothing_found(study, summary, advice), "nothing found", "yellow")
     measured = best.measurement
     rows: list[tuple[str, str | Text]] = [
         ("best", Text.assemble((best.config.describe(), "bold green"), f"  (trial {best.trial})")),
@@ -338,12 +338,30 @@ def result_panel(study: Study, artifacts: dict[str, Path], advice: str = "") -> 
     if artifacts:
         folder = next(iter(artifacts.values())).parent
         rows.append(("files", f"{_short(folder)}: {', '.join(artifacts)}"))
+    return _panel(rows, f"study {study.space.name}", "green")
+
+
+def _nothing_found(study: Study, summary: str, advice: Sequence[Remedy] | None) -> list[tuple[str, str | Text]]:
+    space = study.space
+    usable, total = format_bytes(space.usable_bytes), format_bytes(space.cluster.memory_bytes)
+    rows: list[tuple[str, str | Text]] = [("trials", f"{summary}; none is eligible")]
+    if advice is None:
+        return rows
+    rows.append(("limit", f"{usable} a GPU, which is {total} less {space.file.memory_headroom:.0%} headroom"))
+    changes = [f"{one.words}: {format_bytes(one.device_used_bytes)} a GPU" for one in advice]
+    rows += list(zip(["would fit", *[""] * len(changes)], changes or [NO_REMEDY], strict=False))
+    if advice:
+        rows.append(("", "by prediction; change the search-space file so, and run the same command again"))
+    return rows
+
+
+def _panel(rows: Iterable[tuple[str, str | Text]], title: str, style: str) -> Panel:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column()
     for label, value in rows:
         grid.add_row(label, value)
-    return Panel(grid, title=f"study {study.space.name}", border_style="green", expand=False)
+    return Panel(grid, title=title, border_style=style, expand=False)
 
 
 def _short(path: Path) -> str:

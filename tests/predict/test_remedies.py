@@ -9,7 +9,7 @@ from autotune.predict.memory import predict_memory
 from autotune.predict.plan import plan_memory
 from autotune.predict.remedies import remedies, remedies_text, require_feasible, underestimate
 from autotune.results import Result
-from tests.samples import MIB, failure, sample_space
+from tests.samples import MIB, failure, measurement, sample_space
 
 SEARCH = {
     "engine": "pytorch",
@@ -36,7 +36,7 @@ def test_what_is_advised_fits_by_prediction_and_is_in_the_refusal(tmp_path: Path
     assert "\n" not in str(caught.value)
     # What ran out of memory although it should have fitted makes advice more careful.
     assert remedies(plan, scale=100.0) == []
-    assert "neither a lever nor 64 times as many GPUs would help" in remedies_text([], space)
+    assert "neither a lever nor 64 times as many GPUs would help" in remedies_text([])
 
 
 def test_a_trial_that_ran_out_of_memory_shows_how_much_too_little_was_predicted(tmp_path: Path) -> None:
@@ -46,4 +46,6 @@ def test_a_trial_that_ran_out_of_memory_shows_how_much_too_little_was_predicted(
     assert predicted is not None
     ratio = underestimate(plan, [Result(1, config, failure())])
     assert ratio == pytest.approx(max(1.0, 60 * MIB / predicted.device_used_bytes))
+    too_much = measurement(used_bytes=3 * predicted.device_used_bytes)
+    assert underestimate(plan, [Result(1, config, too_much)]) == pytest.approx(3.0)
     assert underestimate(plan, []) == 1.0
