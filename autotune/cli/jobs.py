@@ -145,7 +145,7 @@ def _progress(study: str, store: str) -> dict[str, Any]:
     best = stored.best()
     return {
         "trials": asdict(stored.counts),
-        "budget": stored.space.file.budget.model_dump(exclude={"trial_seconds"}, exclude_none=True),
+        "budget": stored.space.file.budget.model_dump(include={"trials", "minutes", "gpu_hours"}, exclude_none=True),
         "best": None
         if best is None
         else {
