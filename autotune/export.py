@@ -24,7 +24,7 @@ from autotune.errors import NothingFeasibleError, UsageError
 from autotune.formats import script as script_format
 from autotune.formats.accelerate_yaml import DEEPSPEED_FILE, check_accelerate, to_accelerate
 from autotune.formats.deepspeed_json import check_deepspeed, to_deepspeed, to_hf_deepspeed
-from autotune.formats.targets import Target, cannot_express, left_to_script
+from autotune.formats.targets import Target, cannot_express, left_to_script, no_target
 from autotune.formats.training_args import check_training_args, to_training_args
 from autotune.results import Best
 from autotune.space.space import Space
@@ -61,7 +61,7 @@ class Format:
     audience: str = ""
     """Which scripts are started so."""
     fallback: bool = False
-    """Written to the best folder only for a layout of our own, or where the study names this target alone."""
+    """Written to the best folder only where no other target of the study can run the winner."""
 
     def refusal(self, config: TrialConfig, space: Space) -> str | None:
         """Why the file cannot express `config`, or None when it can."""
@@ -74,7 +74,8 @@ class Format:
             return self.file in _script_files(study.space.script)
         if not self.targets:
             return False
-        return not self.fallback or best.config.has_own_layout or study.space.file.targets == [*self.targets]
+        others = [target for target in study.space.file.targets if target not in self.targets]
+        return not self.fallback or no_target(tuple(others), best.config) is not None
 
     def source(self, study: Study) -> Best | None:
         """The winner, or else the fastest trial that the file can express; None when there is none."""

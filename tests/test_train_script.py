@@ -103,6 +103,24 @@ def test_it_trains_on_given_tokens_and_keeps_the_weights(tmp_path: Path, layout:
     assert losses(again)[0] == pytest.approx(after, abs=1e-4)
 
 
-def test_only_layouts_of_our_own_need_it() -> None:
+@pytest.mark.parametrize(
+    ("targets", "written"), [(["hf_trainer", "autotune"], True), (["accelerate", "autotune"], False)]
+)
+def test_it_is_written_where_no_other_target_of_the_study_runs_the_winner(
+    tmp_path: Path, targets: list[str], written: bool
+) -> None:
+    search = {"engine": "pytorch", "activation_checkpointing": "selective_ops", "zero_stage": 3, "micro_batch_size": 1}
+    space = sample_space(tmp_path, search=search, baseline=..., targets=targets)
+    with open_store(f"sqlite:///{tmp_path}/a.db", create=True) as store:
+        study = Study.open(space, store)
+        attempt = study.next_attempt(lambda: space.candidates[0])
+        assert attempt is not None
+        study.record(attempt, measurement())
+        best = study.best()
+        assert best is not None
+        assert FORMATS["train-script"].wanted(study, best) is written
+
+
+def test_it_alone_is_not_always_written() -> None:
     assert FORMATS["train-script"].fallback
     assert not any(form.fallback for name, form in FORMATS.items() if name != "train-script")

@@ -66,8 +66,8 @@ class LayoutEngine(PyTorchEngine):
             model.tie_weights()  # each user of a shared parameter has a DTensor of its own now
         if config.zero_stage:
             tail = [module for module in (stage.norm, stage.head) if module is not None]
-            shard_units(stage, stage.embedding, tail, config, mesh.replicas)
-        materialize(model, device, torch.float32, request.workload.seed)
+            shard_units(stage, stage.embedding, tail, config, mesh.sharding)
+        materialize(model, device, torch.float32, request.workload.seed, on_host=config.offload != "none")
         if config.zero_stage or config.replicas == 1:
             return stage
         return DistributedDataParallel(

@@ -46,14 +46,16 @@ class PyTorchEngine:
     """One rank of a trial on DDP (stage 0) or FSDP2 (stage 2: kept gathered after forward; 3: resharded).
 
     Raises:
-        UsageError: the config asks for what this engine does not have, stage 1 or offload.
+        UsageError: the config asks for what this engine does not have: stage 1, offload of something else than all that
+            FSDP2 shards.
     """
 
     def __init__(self, request: TrialRequest, device: torch.device) -> None:
         config, workload = request.config, request.workload
-        if config.zero_stage not in (0, 2, 3) or config.offload != "none":
+        offloads = ("none", "optimizer+parameters") if config.zero_stage else ("none",)
+        if config.zero_stage not in (0, 2, 3) or config.offload not in offloads:
             raise UsageError(
-                f"engine pytorch has zero_stage 0, 2 and 3 without offload,"
+                f"engine pytorch has zero_stage 0, and 2 and 3 with offload none or optimizer+parameters,"
                 f" not zero_stage {config.zero_stage} with offload {config.offload}"
             )
         self._accumulation = workload.gradient_accumulation_steps(config)
@@ -66,6 +68,7 @@ class PyTorchEngine:
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._norm = torch.tensor(float("nan"))
+        self._offload = config.offload
 
     def _lay_out(self, request: TrialRequest, device: torch.device) -> torch.nn.Module:
         """The module that `forward` calls, on the device and wrapped as the config says."""
@@ -76,8 +79,8 @@ class PyTorchEngine:
             autocast = torch.autocast(device.type, COMPUTE_DTYPES[config.precision])
             model.forward = convert_outputs_to_fp32(autocast(model.forward))
         if config.zero_stage:
-            shard_with_fsdp2(model, config, data_parallel_mesh(device.type, config.gpus))
-        materialize(model, device, torch.float32, request.workload.seed)
+            shard_with_fsdp2(model, config, data_parallel_mesh(device.type, config))
+        materialize(model, device, torch.float32, request.workload.seed, on_host=config.offload != "none")
         sharded: torch.nn.Module = model
         if config.zero_stage or config.gpus == 1:
             return sharded
@@ -140,16 +143,23 @@ class PyTorchEngine:
         save({f"stage {self.stage()[0]}": {"model": model, "optimizer": optimizer}}, checkpoint_id=folder)
 
     def living_tensors(self) -> dict[str, list[torch.Tensor]]:
-        """What lives between passes: `parameters`, `gradients` and `optimizer_states`; gathered ones are `buffers`."""
-        states = (value for state in self.optimizer.state.values() for value in state.values())
-        return {
-            "buffers": [gathered for gathered, _ in self._gathered()],
+        """What lives between passes: `parameters`, `gradients`, `optimizer_states`; gathered ones are `buffers`, and
+        what is offloaded is on the `host`.
+        """
+        values = (value for state in self.optimizer.state.values() for value in state.values())
+        states = [value for value in values if isinstance(value, torch.Tensor)]
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        gathered = list(self._gathered())
+        whole = {
+            "buffers": [parameter for parameter, _ in gathered],
+            "gradients": [gradient for _, gradient in gathered if gradient is not None],
+        }
+        if self._offload != "none":
+            return whole | {"host": [*self._parameters, *gradients, *states]}
+        return whole | {
             "parameters": list(self._parameters),
-            "gradients": [
-                *(parameter.grad for parameter in self._parameters if parameter.grad is not None),
-                *(gradient for _, gradient in self._gathered() if gradient is not None),
-            ],
-            "optimizer_states": [value for value in states if isinstance(value, torch.Tensor)],
+            "gradients": [*gradients, *whole["gradients"]],
+            "optimizer_states": states,
         }
 
     def _gathered(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -45,6 +45,12 @@ def to_accelerate(config: TrialConfig, nodes: int, device: Device) -> dict[str, 
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             # As in training_args.yaml: were it said in one of them only, ranks would start with different weights.
             "fsdp_cpu_ram_efficient_loading": True,
+            **({"fsdp_offload_params": True} if config.offload != "none" else {}),
+        }
+    if config.data_parallel_replicate_size > 1:
+        document["parallelism_config"] = {
+            "parallelism_config_dp_replicate_size": config.data_parallel_replicate_size,
+            "parallelism_config_dp_shard_size": config.shards,
         }
     if device == "cpu":
         document["use_cpu"] = True
@@ -71,7 +77,7 @@ def check_accelerate(document: dict[str, Any]) -> None:
         except Exception as error:  # ValueErrors, KeyErrors of enums, TypeErrors of dataclasses
             raise UsageError(f"accelerate refuses the config: {one_line(error)}") from error
         arguments = vars(launch_command_parser().parse_args(["train.py"]))
-    for section in ("deepspeed_config", "fsdp_config"):
+    for section in ("deepspeed_config", "fsdp_config", "parallelism_config"):
         for key in document.get(section, {}):
             if key not in arguments:
                 raise UsageError(f"accelerate does not know the key {section}.{key} and would ignore it")

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from autotune.formats.training_args import checkpointing_argument
 from autotune.spec.cluster import Device
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import KEPT_OPERATORS, TrialConfig
 from autotune.spec.workload import Workload
 
 Target = Literal["hf_trainer", "accelerate", "deepspeed", "autotune"]
@@ -24,6 +24,9 @@ _NAMES = {"hf_trainer": "transformers' Trainer", "accelerate": "accelerate"}
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
+READ_BY_TARGETS = ("engine", "loss", "activation_checkpointing", "data_parallel_replicate_size")
+"""Fields of a config that `cannot_express` reads, besides the degrees of parallelism."""
+
 
 def cannot_express(target: Target, config: TrialConfig, device: Device) -> str | None:
     """Why `target` cannot run `config` as it was measured, or None when it can."""
@@ -33,6 +36,11 @@ def cannot_express(target: Target, config: TrialConfig, device: Device) -> str |
         return None if config.engine == "deepspeed" else f"DeepSpeed does not run engine {config.engine}"
     if config.has_own_layout:
         return f"{_NAMES[target]} does not run {config.own_layout} as trials do"
+    if target == "hf_trainer":
+        if config.activation_checkpointing == "selective_ops":
+            return "TrainingArguments in YAML have no word for activation_checkpointing selective_ops"
+        if config.data_parallel_replicate_size > 1:
+            return "TrainingArguments in YAML have no word for data_parallel_replicate_size"
     if device == "cpu":
         return _not_on_cpu(target, config)
     return None
@@ -71,7 +79,11 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
         return todo
     if config.activation_checkpointing != "none":
         every = f", every_n_layers={config.selective_every}" if config.selective_every else ""
-        todo.append(f'calls `model.{checkpointing_argument()}_enable({{"use_reentrant": False}}{every})`')
+        context = ""
+        if config.activation_checkpointing == "selective_ops":
+            kept = ", ".join(f"torch.ops.{name}" for name in KEPT_OPERATORS)
+            context = f', "context_fn": functools.partial(create_selective_checkpoint_contexts, [{kept}])'
+        todo.append(f'calls `model.{checkpointing_argument()}_enable({{"use_reentrant": False{context}}}{every})`')
     if target == "accelerate":
         accumulation = workload.gradient_accumulation_steps(config)
         todo.append(

@@ -51,6 +51,7 @@ def to_training_args(config: TrialConfig, workload: Workload, device: Device) ->
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             # Else every rank reads the whole checkpoint into host memory. Only loading differs.
             "cpu_ram_efficient_loading": True,
+            **({"cpu_offload": True} if config.offload != "none" else {}),
         }
     if device == "cpu":
         document["use_cpu"] = True

@@ -5,22 +5,26 @@ No step before the last allocates a parameter, so a 32B model never exists whole
 device either.
 """
 
+import functools
 import hashlib
+import operator
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autotune.errors import UsageError
-from autotune.spec.config import Attention, TrialConfig
+from autotune.spec.config import KEPT_OPERATORS, Attention, TrialConfig
 from autotune.spec.model import ModelSpec
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -71,7 +75,7 @@ def build_model(spec: ModelSpec, attention: Attention) -> PreTrainedModel:
 
 
 def apply_activation_checkpointing(model: PreTrainedModel, config: TrialConfig) -> None:
-    """Recompute decoder layers in the backward pass: all of them (`full`) or every n-th, the first included.
+    """Recompute decoder layers in the backward pass: all of them, every n-th, or all but `KEPT_OPERATORS`.
 
     Goes through transformers' own switch, as the Hugging Face Trainer does. Non-reentrant: the reentrant kind needs
     inputs that require gradients and hides its saved tensors from hooks.
@@ -81,10 +85,14 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: TrialConfig) 
     """
     if config.activation_checkpointing == "none":
         return
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    if config.activation_checkpointing == "selective_ops":
+        kept = [operator.attrgetter(name)(torch.ops) for name in KEPT_OPERATORS]
+        arguments["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
     with warnings.catch_warnings():
         # The name that replaces it does not exist in the older transformers 5 that we support.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     if config.activation_checkpointing == "selective":
         every = config.selective_every
         if not every:
@@ -138,38 +146,50 @@ def shard_units(
 ) -> None:
     """Shard the units of `shard_with_fsdp2`, of which a stage of a pipeline has some.
 
+    With offload, parameters, gradients and optimizer states are the host's; a unit is copied up to be gathered.
+
     Args:
         root: what is called, with everything in it.
         embedding: the input embedding; None where another stage has it.
         tail: final norm and output embedding; empty where another stage has them.
         config: precision and stage.
-        mesh: the ranks to shard over, one dimension.
+        mesh: the ranks to shard over, its last dimension; over another before that, shards are replicated.
     """
     compute = COMPUTE_DTYPES[config.precision]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute)
     reshard = config.zero_stage == 3
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=_offload_policy(config, mesh))
     for layer in checkpointed_layers(root):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        shard(layer, reshard_after_forward=reshard)
     if embedding is not None and tail and embedding.weight is tail[-1].weight:
         tail = [*tail[:-1], embedding, tail[-1]]
     elif embedding is not None:
-        fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        shard(embedding, reshard_after_forward=reshard)
     if tail:
-        fully_shard(tail, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        shard(tail, reshard_after_forward=False)
+    shard(root, reshard_after_forward=False)
 
 
-def materialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+def _offload_policy(config: TrialConfig, mesh: DeviceMesh) -> OffloadPolicy:
+    if config.offload == "none":
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+
+
+def materialize(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, seed: int, *, on_host: bool = False
+) -> None:
     """Put `model` on `device` in `dtype` with the weights of `initial_weight`, in place.
 
-    Sharded parameters keep their shards. The full value of one parameter at a time exists besides; nothing passes
-    through the host.
+    Sharded parameters keep their shards, which are `on_host` or on the device; buffers are on the device. The full
+    value of one parameter at a time exists there besides.
     """
+    home = torch.device("cpu") if on_host else device
 
     def allocate(tensor: torch.Tensor) -> torch.Tensor:
         # Only parameters are on meta; buffers carry values and keep their dtype.
         if tensor.is_meta:
-            return torch.empty_like(tensor, dtype=dtype, device=device)
+            return torch.empty_like(tensor, dtype=dtype, device=home)
         return tensor.to(device, copy=True)
 
     # `_apply` is what `Module.to_empty` is made of, and what FSDP2 overrides to follow its parameters.

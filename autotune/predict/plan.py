@@ -352,7 +352,9 @@ class _KeyEffects:
 
 def _activations(config: TrialConfig) -> tuple[int, int]:
     """Orders configs by how many activations they keep."""
-    return ("full", "selective", "none").index(config.activation_checkpointing), config.micro_batch_size
+    return ("full", "selective", "selective_ops", "none").index(
+        config.activation_checkpointing
+    ), config.micro_batch_size
 
 
 def _peak_bytes(

@@ -5,7 +5,7 @@ With the letters of `roofline.py`, for a micro-batch:
 
     elementwise         also the casts of fp32 weights, where an engine keeps such
     accumulation        bytes of adding gradients to their sum
-    recomputation       the forward pass of what is checkpointed
+    recomputation       the forward pass of what is checkpointed, or all of it but products and attention
     launch              max(0, the processor's seconds to issue the work - the GPU's to do it)
 
     logits              one more forward pass of the head where the loss is chunked
@@ -20,7 +20,8 @@ and for the step:
                         weights' gradients fill the gaps (Narayanan et al., arXiv:2104.04473, section 2.2; Qi et al.,
                         arXiv:2401.10241, table 1, its three passes taken as equal)
 
-    gradient reduction  max(0, reduction - the backward pass that hides it), where an engine hides it
+    gradient reduction  max(0, reduction - the backward pass that hides it), where an engine hides it; over groups of
+                        ranks that shard (HSDP), a sum of each shard besides
     parameter gather    of ZeRO-1 and 2 after the update; of FSDP2 and ZeRO-3 for each layer, max(0, gather - the layer)
     optimizer           bytes of norm, clipping, AdamW and copy
     offload             gradients and parameters over PCIe, and the processor's Adam
@@ -118,7 +119,8 @@ class _Sharded:
         length = trials.length.astype(float)
         self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, tensor)
         self._replicas = trials.gpus // (trials.tensor * trials.stages)
-        self._ranks = group(self._replicas, trials.tensor, self._node)
+        self._shards = self._replicas // trials.groups
+        self._ranks = group(self._shards, trials.tensor, self._node)
         self._row_bytes = self._value * tokens * shape.hidden_size
         self._forward, self._backward = self._work.layer(backward=False), self._work.layer(backward=True)
         exchanged = self._layer_collectives(tokens)
@@ -134,7 +136,8 @@ class _Sharded:
         trials, work, layers = self._trials, self._work, self._layers
         steps = trials.accumulation
         compute = {part: layers * (self._forward[part] + self._backward[part]) for part in self._forward}
-        compute[TimePart.RECOMPUTATION] = trials.recomputed * layers * total(self._forward)
+        again = self._again()
+        compute[TimePart.RECOMPUTATION] = layers * again
         head = work.head(backward=False)
         compute[TimePart.LOGITS] = (1 + trials.chunked) * head + work.head(backward=True) + work.embedding_gradient()
         ends = 4 * self._net.all_gather(self._tensor_group, self._row_bytes)  # embedding and head, in both passes
@@ -147,15 +150,21 @@ class _Sharded:
         result = {part: steps * seconds for part, seconds in compute.items()}
         result[TimePart.BUBBLE] = (trials.stages - 1) * trials.idle * total(compute)
         forward = stretch(compute) * total(self._forward)
-        backward = stretch(compute) * (total(self._backward) + trials.recomputed * total(self._forward))
+        backward = stretch(compute) * (total(self._backward) + again)
         result[TimePart.GRADIENT_REDUCTION] = self._reduction(backward)
         result[TimePart.PARAMETER_GATHER] = self._gather(forward, backward)
         offloaded = trials.offload != "none"
-        shards = np.where(trials.zero_stage > 0, self._replicas, 1)
+        shards = np.where(trials.zero_stage > 0, self._shards, 1)
         update = work.memory(ADAM_BYTES * self._parameters / shards)
         result[TimePart.OPTIMIZER] = np.where(offloaded, 0.0, update)
         result[TimePart.OFFLOAD] = np.where(offloaded, self._offload(shards), 0.0)
         return result
+
+    def _again(self) -> Values:
+        """Seconds of a layer's backward pass in which its forward pass runs again."""
+        forward = self._forward
+        kept = total(forward) - forward[TimePart.MATMUL] - forward[TimePart.ATTENTION]
+        return np.where(self._trials.keeps_products, kept, self._trials.recomputed * total(forward))
 
     def _layer_collectives(self, tokens: Values) -> Values:
         """Seconds of one pass of a layer that is split over ranks; what computation hides of it is left out."""
@@ -180,7 +189,7 @@ class _Sharded:
         DeepSpeed's weights are in the compute dtype. DDP's are fp32 under autocast, which casts each weight and its
         gradient; FSDP2 casts shards.
         """
-        held = 1.0 if self._deepspeed else np.where(self._trials.zero_stage > 0, self._replicas, 1)
+        held = 1.0 if self._deepspeed else np.where(self._trials.zero_stage > 0, self._shards, 1)
         casts = 0.0 if self._deepspeed or not self._mixed else 6 * self._parameters / held
         ddp = not self._deepspeed and self._mixed
         sums = np.where((self._trials.zero_stage == 0) & ddp, 18, 3 * self._value) * self._parameters
@@ -191,7 +200,8 @@ class _Sharded:
         hooks = 2 * ZERO_3_OPERATORS * OPERATOR_SECONDS * (self._trials.zero_stage == 3) * self._deepspeed
         trials = self._trials
         sharded = (4 * (trials.tensor > 1) + 4 * (trials.sequence > 1)) * OPERATOR_SECONDS
-        layer = (ISSUE_SECONDS[0] + sharded) * (1 + trials.recomputed) + ISSUE_SECONDS[1] + sharded + hooks
+        passes = 1 + np.maximum(trials.recomputed, trials.keeps_products)
+        layer = (ISSUE_SECONDS[0] + sharded) * passes + ISSUE_SECONDS[1] + sharded + hooks
         return np.asarray(self._layers * layer)
 
     def _reduction(self, backward_layer: Values) -> Values:
@@ -204,6 +214,8 @@ class _Sharded:
         size = self._value * self._parameters + np.zeros(len(trials.gpus))
         window = self._layers * backward_layer
         scatter = net.all_gather(self._ranks, size / self._layers)
+        across = group(trials.groups, trials.tensor * self._shards, self._node)
+        scatter = scatter + net.all_reduce(across, size / self._layers / self._shards)
         layer_by_layer = self._layers * np.maximum(scatter - backward_layer, 0) + scatter
         if not self._deepspeed:
             ddp = in_buckets(net, self._ranks, 4 * self._parameters + 0 * size, BUCKET_BYTES)
@@ -233,4 +245,8 @@ class _Sharded:
         adam = HOST_ADAM_SECONDS * share * on_node
         down = np.where(trials.zero_stage >= 2, trials.accumulation, 1) * self._value * share / link
         passes = np.where(trials.offload == "optimizer+parameters", 2 * trials.accumulation, 0)
+        # FSDP2 copies fp32 shards up for each gathering, casts them there, and reduces only the last gradients.
+        if not self._deepspeed:
+            gathered = np.where(trials.zero_stage == 3, 2, 1) * trials.accumulation
+            return np.asarray(adam + (self._value + 4 * gathered) * share / link)
         return np.asarray(adam + down + (1 + passes) * self._value * share / link)

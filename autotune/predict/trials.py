@@ -35,6 +35,8 @@ class Trials:
     length: Counts
     recomputed: Values
     """Share of the layers, 0..1, whose forward pass runs twice."""
+    keeps_products: NDArray[np.bool_]
+    """Of all layers what runs twice is all but products and attention."""
     overlaps: NDArray[np.bool_]
     """DeepSpeed's `overlap_comm`; of no meaning to PyTorch's engine, which always overlaps."""
     tensor: Counts
@@ -48,6 +50,8 @@ class Trials:
     """Of a pipeline, in bubbles of 1F1B."""
     chunked: NDArray[np.bool_]
     """The loss."""
+    groups: Counts
+    """Of replicas that FSDP2 shards within."""
 
     @classmethod
     def of(cls, configs: Sequence[TrialConfig], workload: Workload, shape: DecoderShape) -> Self:
@@ -75,6 +79,7 @@ class Trials:
             accumulation=counts([workload.gradient_accumulation_steps(config) for config in configs]),
             length=counts([config.sequence_length for config in configs]),
             recomputed=np.array([recomputed(config) for config in configs], float),
+            keeps_products=np.array([config.activation_checkpointing == "selective_ops" for config in configs], bool),
             overlaps=np.array(
                 [dict(config.deepspeed).get(overlap, config.zero_stage == 3) for config in configs], bool
             ),
@@ -84,6 +89,7 @@ class Trials:
             stages_of_rank=counts([config.pipeline_stages // config.pipeline_parallel_size for config in configs]),
             idle=np.array([IDLE[config.pipeline_schedule or "1f1b"] for config in configs]),
             chunked=np.array([config.loss == "chunked" for config in configs], bool),
+            groups=counts([config.data_parallel_replicate_size for config in configs]),
         )
 
     @classmethod
@@ -119,6 +125,7 @@ class Trials:
             accumulation=space.workload.global_batch_size // (batch * (gpus // (tensor * sequence * stages))),
             length=np.full(len(gpus), space.file.workload.sequence_length, np.int64),
             recomputed=np.where(checkpointing == "full", 1.0, selected),
+            keeps_products=checkpointing == "selective_ops",
             overlaps=overlaps,
             tensor=tensor,
             sequence=sequence,
@@ -126,6 +133,7 @@ class Trials:
             stages_of_rank=np.where(stages > 1, [STAGES_PER_RANK[name] for name in schedules.tolist()], 1),
             idle=np.array([IDLE[name] for name in schedules.tolist()]),
             chunked=values("loss") == "chunked",
+            groups=values("data_parallel_replicate_size").astype(np.int64),
         )
         return trials, kinds
 

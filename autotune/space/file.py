@@ -125,6 +125,7 @@ class SearchFile(_Strict):
     pipeline_parallel_size: Axis[PositiveInt] = [1]
     pipeline_schedule: Axis[PipelineSchedule] = ["1f1b"]
     loss: Axis[Loss] = ["full_logits"]
+    data_parallel_replicate_size: Axis[PositiveInt] = [1]
     deepspeed: dict[Name, Axis[Number]] = {}
     script: dict[Name, Axis[Number]] = {}
     """Knobs of the user's own script, each a placeholder of its command."""
@@ -147,6 +148,7 @@ class BaselineFile(_Strict):
     pipeline_parallel_size: PositiveInt | None = None
     pipeline_schedule: PipelineSchedule | None = None
     loss: Loss | None = None
+    data_parallel_replicate_size: PositiveInt | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 

@@ -127,6 +127,35 @@ def _zero(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: Clu
     return None
 
 
+@reads("pipeline_schedule", "activation_checkpointing", "pipeline_parallel_size")
+def _split_backward(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.pipeline_schedule == "zero_bubble" and config.activation_checkpointing == "selective_ops":
+        # torch/utils/checkpoint.py: "only allowed to backward once on any region computed under selective …"
+        return (
+            "pipeline_schedule zero_bubble goes back twice, which activation_checkpointing selective_ops does not allow"
+        )
+    return None
+
+
+@reads("engine", "zero_stage", "gpus", "data_parallel_replicate_size", *DEGREES)
+def _groups(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    groups = config.data_parallel_replicate_size
+    if groups == 1:
+        return None
+    if config.engine != "pytorch":
+        return (
+            f"data_parallel_replicate_size {groups} is FSDP2's, on engine pytorch;"
+            f" the key zero_optimization.zero_hpz_partition_size is DeepSpeed's"
+        )
+    if config.zero_stage not in (2, 3):
+        return f"data_parallel_replicate_size {groups} shards within each group, by zero_stage 2 or 3"
+    if config.data_parallel_size % groups:
+        return f"data_parallel_replicate_size {groups} does not divide data_parallel_size {config.data_parallel_size}"
+    if config.shards == 1:
+        return f"data_parallel_replicate_size {groups} leaves one rank a group, which shards nothing; use zero_stage 0"
+    return None
+
+
 @reads("precision", *DEGREES)
 def _loss_scale(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.precision == "fp16" and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
@@ -142,5 +171,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     _pipeline_layers,
     _pipeline_batches,
     _zero,
+    _groups,
+    _split_backward,
     _loss_scale,
 )

@@ -1,6 +1,6 @@
 """The rules that refuse a config before any process starts. Each names the values that clash and why."""
 
-from autotune.formats.targets import Target, no_target
+from autotune.formats.targets import READ_BY_TARGETS, Target, no_target
 from autotune.space.layouts import LAYOUT_RULES
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
@@ -11,7 +11,7 @@ from autotune.spec.workload import Workload
 
 def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
     """Every rule of a study, in the order in which they speak: the config can run, and a target can run it later."""
-    expressed = Rule(("engine", "loss", *DEGREES), lambda config, *_: no_target(targets, config))
+    expressed = Rule((*READ_BY_TARGETS, *DEGREES), lambda config, *_: no_target(targets, config))
     return (*RULES, *LAYOUT_RULES, expressed)
 
 
@@ -82,10 +82,12 @@ def _pytorch_stage(config: TrialConfig, _work: Workload, _model: ModelSpec, _clu
 def _offload(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.offload == "none":
         return None
-    if config.engine != "deepspeed":
-        return f"offload {config.offload} is run by engine deepspeed alone"
     if config.zero_stage == 0:
         return f"offload {config.offload} needs ZeRO, and zero_stage is 0"
+    if config.engine == "pytorch":
+        if config.offload != "optimizer+parameters":
+            return f"offload {config.offload} is run by engine deepspeed alone; FSDP2 takes optimizer+parameters"
+        return None
     if config.offload == "optimizer+parameters" and config.zero_stage != 3:
         return f"offload of parameters needs zero_stage 3, and zero_stage is {config.zero_stage}"
     return None
@@ -108,6 +110,15 @@ def _fp16_on_cpu(config: TrialConfig, _work: Workload, _model: ModelSpec, cluste
     return None
 
 
+@reads("precision", "offload", "engine")
+def _fp16_on_host(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.precision == "fp16" and config.offload != "none" and config.engine == "pytorch":
+        return (
+            "precision fp16 on engine pytorch unscales gradients on the GPU, and offload has them on the host; use bf16"
+        )
+    return None
+
+
 @reads("attention", "precision")
 def _flash_attention(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
     if config.attention != "flash_attention_2":
@@ -127,5 +138,6 @@ RULES: tuple[Rule, ...] = (
     _offload,
     _selective,
     _fp16_on_cpu,
+    _fp16_on_host,
     _flash_attention,
 )

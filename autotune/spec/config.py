@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 Engine = Literal["deepspeed", "pytorch"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Offload = Literal["none", "optimizer", "optimizer+parameters"]
-ActivationCheckpointing = Literal["none", "full", "selective"]
+ActivationCheckpointing = Literal["none", "full", "selective", "selective_ops"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
 Loss = Literal["full_logits", "chunked"]
@@ -17,6 +17,16 @@ Scalar = bool | int | float | str
 
 STAGES_PER_RANK: dict[PipelineSchedule, int] = {"1f1b": 1, "interleaved_1f1b": 2, "zero_bubble": 2}
 """Pipeline stages of one rank, by schedule."""
+
+KEPT_OPERATORS = (
+    "aten.mm.default",
+    "aten.addmm.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+)
+"""Of `torch.ops`: what `selective_ops` does not compute twice. FlashAttention-2's kernel is not one of them."""
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -28,6 +38,7 @@ LATER_FIELDS = {
     "pipeline_schedule": None,
     "loss": "full_logits",
     "script": {},
+    "data_parallel_replicate_size": 1,
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -52,7 +63,8 @@ class TrialConfig:
     offload: Offload = "none"
     """What lives in host memory between uses."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """`full`: every decoder layer is recomputed in the backward pass; `selective`: every n-th."""
+    """`full`: every decoder layer is recomputed in the backward pass; `selective`: every n-th; `selective_ops`: every
+    one, except for its matrix products and its attention, whose results are kept."""
     selective_every: int | None = None
     """The n of `selective`; None otherwise."""
     attention: Attention = "sdpa"
@@ -67,6 +79,8 @@ class TrialConfig:
     """In which order a pipeline runs its micro-batches; None without a pipeline."""
     loss: Loss = "full_logits"
     """`chunked`: the logits are computed, and recomputed in the backward pass, a piece of the sequence at a time."""
+    data_parallel_replicate_size: int = 1
+    """Groups of data-parallel ranks with a whole copy of the model each: FSDP2 shards within a group (HSDP)."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -92,6 +106,11 @@ class TrialConfig:
     def replicas(self) -> int:
         """Ranks that have the same parameters and different tokens: what DDP replicates over and ZeRO shards over."""
         return self.data_parallel_size * self.sequence_parallel_size
+
+    @property
+    def shards(self) -> int:
+        """Ranks that ZeRO divides the states over: the replicas, or a group of them."""
+        return self.replicas // self.data_parallel_replicate_size
 
     @property
     def pipeline_stages(self) -> int:
@@ -148,6 +167,7 @@ class TrialConfig:
         if self.attention != "sdpa":
             words.append(self.attention)
         degrees = {
+            "replicate": self.data_parallel_replicate_size,
             "tp": self.tensor_parallel_size,
             "sp": self.sequence_parallel_size,
             "pp": self.pipeline_parallel_size,

@@ -123,11 +123,19 @@ def _device(seat: Seat, request: TrialRequest) -> torch.device:
 
 def _join_group(request: TrialRequest, device: torch.device) -> None:
     dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
+        backend=_backend(request, device),
         timeout=timedelta(seconds=GROUP_TIMEOUT_RATIO * request.timeout_seconds),
         # Opens NCCL's communicator now, so that its memory and time are not taken for the model's.
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def _backend(request: TrialRequest, device: torch.device) -> str:
+    if device.type == "cpu":
+        return "gloo"
+    # FSDP2 leaves offloaded gradients on the host, where their norm is summed.
+    on_host = request.config.engine == "pytorch" and request.config.offload != "none"
+    return "cuda:nccl,cpu:gloo" if on_host else "nccl"
 
 
 def _resolve(engine: str) -> Callable[[TrialRequest, torch.device], Engine]:

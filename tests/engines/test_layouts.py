@@ -33,6 +33,7 @@ SHORT = {
     "sp": "sequence_parallel_size",
     "pp": "pipeline_parallel_size",
     "zero": "zero_stage",
+    "groups": "data_parallel_replicate_size",
     "mb": "micro_batch_size",
     "schedule": "pipeline_schedule",
     "ckpt": "activation_checkpointing",
@@ -47,7 +48,9 @@ def layout(text: str) -> dict[str, Any]:
             fields["loss"] = "chunked"
         elif word in ("1f1b", "interleaved_1f1b", "zero_bubble"):
             fields["pipeline_schedule"] = word
-        elif word in ("full", "selective"):
+        elif word == "offload":
+            fields["offload"] = "optimizer+parameters"
+        elif word in ("full", "selective", "selective_ops"):
             fields["activation_checkpointing"] = word
             fields["selective_every"] = 2 if word == "selective" else None
         else:
@@ -72,13 +75,17 @@ def slow(*texts: str) -> list[Any]:
 @pytest.mark.parametrize(
     "text",
     [
-        "zero3 chunked",
-        "tp2 chunked full",
+        "zero3 chunked offload",
+        "tp2 chunked selective_ops",
         "sp2 zero3",
         "pp2 1f1b full",
         "pp2 zero_bubble mb1",
         *slow(
             "zero0 chunked",
+            "zero3 chunked",
+            "tp2 chunked full",
+            "sp2 zero2 selective_ops",
+            "pp2 1f1b selective_ops",
             "zero2 chunked selective",
             "tp2",
             "tp2 selective",
@@ -101,6 +108,11 @@ def test_two_ranks(ranks: Ranks, reference: Trace, text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "zero3 groups2",
+        "zero2 groups2 full offload",
+        "zero3 groups2 chunked mb1",
+        "tp2 zero3 offload",
+        "pp2 1f1b zero3 offload",
         "tp2 sp2 zero3",
         "pp2 1f1b tp2 full",
         "tp2 zero2 chunked",
@@ -136,6 +148,10 @@ def test_four_ranks(four_ranks: Ranks, reference: Trace, text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "groups2 tp2 zero3",
+        "groups2 sp2 zero2 full chunked",
+        "groups2 pp2 1f1b zero3 mb1 selective_ops",
+        "groups2 pp2 zero_bubble zero2 mb1",
         "tp2 sp2 zero3",
         "tp2 sp2 zero2 full chunked",
         "pp2 1f1b tp2 sp2 zero3",

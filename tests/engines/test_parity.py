@@ -99,11 +99,32 @@ def test_selective_checkpointing_and_long_accumulation(ranks: Ranks, reference: 
 
 
 @pytest.mark.parametrize(
-    ("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "optimizer+parameters")]
+    ("engine", "stage"),
+    [
+        ("deepspeed", 3),
+        ("pytorch", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("deepspeed", 2), ("pytorch", 0), ("pytorch", 2)]),
+    ],
+)
+def test_checkpointing_by_operator(ranks: Ranks, reference: Trace, engine: str, stage: int) -> None:
+    for trace in ranks.run(train, request(engine, stage, activation_checkpointing="selective_ops"), build_engine):
+        assert_equal(trace, reference)
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage", "offload"),
+    [
+        ("deepspeed", 1, "optimizer"),
+        ("deepspeed", 2, "optimizer"),
+        ("deepspeed", 3, "optimizer"),
+        ("deepspeed", 3, "optimizer+parameters"),
+        ("pytorch", 2, "optimizer+parameters"),
+        ("pytorch", 3, "optimizer+parameters"),
+    ],
 )
 @pytest.mark.parametrize("checkpointing", [pytest.param("none", marks=pytest.mark.slow), "full"])
-def test_offload(ranks: Ranks, reference: Trace, stage: int, offload: str, checkpointing: str) -> None:
-    trial = request("deepspeed", stage, offload=offload, activation_checkpointing=checkpointing)
+def test_offload(ranks: Ranks, reference: Trace, engine: str, stage: int, offload: str, checkpointing: str) -> None:
+    trial = request(engine, stage, offload=offload, activation_checkpointing=checkpointing)
     for trace in ranks.run(train, trial, build_engine):
         assert_equal(trace, reference)
 

@@ -19,15 +19,20 @@ def any_config(draw: st.DrawFn) -> TrialConfig:
     """A config that a trial on GPUs can run."""
     engine = draw(st.sampled_from(["deepspeed", "pytorch"]))
     stage = draw(st.sampled_from([0, 1, 2, 3] if engine == "deepspeed" else [0, 2, 3]))
-    offloads = ["none", "optimizer", "optimizer+parameters"] if engine == "deepspeed" else ["none"]
+    offloads = ["none", "optimizer", "optimizer+parameters"]
+    precision = draw(st.sampled_from(["bf16", "fp16", "fp32"]))
+    if engine == "pytorch":
+        offload = draw(st.sampled_from(["none", "optimizer+parameters"])) if stage and precision != "fp16" else "none"
+    else:
+        offload = draw(st.sampled_from(offloads[: stage if stage < 3 else 3] or ["none"]))
     checkpointing = draw(st.sampled_from(["none", "full", "selective"]))
     return config(
         engine=engine,
         zero_stage=stage,
         gpus=draw(st.sampled_from([1, 8, 16])),
         micro_batch_size=draw(st.sampled_from([1, 4])),
-        precision=draw(st.sampled_from(["bf16", "fp16", "fp32"])),
-        offload=draw(st.sampled_from(offloads[: stage if stage < 3 else 3] or ["none"])),
+        precision=precision,
+        offload=offload,
         activation_checkpointing=checkpointing,
         selective_every=draw(st.sampled_from([2, 3])) if checkpointing == "selective" else None,
         deepspeed=(("zero_optimization.reduce_bucket_size", 100_000),) if engine == "deepspeed" and stage else (),

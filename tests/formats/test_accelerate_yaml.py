@@ -9,9 +9,11 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from hypothesis import given, settings
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from autotune.errors import UsageError
 from autotune.formats.accelerate_yaml import check_accelerate, to_accelerate
@@ -65,6 +67,28 @@ def test_fsdp2_is_launched_as_measured(tmp_path: Path, monkeypatch: pytest.Monke
     assert not plugin.activation_checkpointing  # the script's
     assert plugin.cpu_ram_efficient_loading
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+def test_offload_and_groups_are_launched_as_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = config(
+        engine="pytorch", zero_stage=3, gpus=16, data_parallel_replicate_size=2, offload="optimizer+parameters"
+    )
+    document = to_accelerate(trial, 2, "cuda")
+    check_accelerate(document)
+    arguments = launch(tmp_path, document)
+    arguments.machine_rank, arguments.main_process_ip = 0, "127.0.0.1"
+    environment = prepare_multi_gpu_env(arguments)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert environment["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
+    parallelism = ParallelismConfig()
+    assert parallelism.total_size == 16
+    assert (parallelism.dp_replicate_size, parallelism.dp_shard_size) == (2, 8)
+    assert parallelism.fsdp_dim_names == ["dp_replicate", "dp_shard_cp"]
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", environment["FSDP_CPU_RAM_EFFICIENT_LOADING"])
+    assert isinstance(FullyShardedDataParallelPlugin().cpu_offload, CPUOffloadPolicy)
+    with pytest.raises(UsageError, match=r"does not know the key parallelism_config\.dp_shard_size"):
+        check_accelerate({**document, "parallelism_config": {"dp_shard_size": 8}})
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -1,13 +1,17 @@
 """Who can run a config afterwards: the same answer for the search and for the export."""
 
+import functools
+import operator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 
 from autotune.errors import InvalidSpaceError, NothingFeasibleError
 from autotune.formats.targets import TARGETS, cannot_express, left_to_script, no_target
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import KEPT_OPERATORS, TrialConfig
 from tests.formats.samples import WORKLOAD, any_config, config
 from tests.samples import sample_space
 
@@ -17,6 +21,26 @@ def test_on_gpus_every_config_can_be_run_by_someone(config: TrialConfig) -> None
     assert no_target(TARGETS, config) is None
     assert cannot_express("hf_trainer", config, "cuda") is None
     assert (cannot_express("deepspeed", config, "cuda") is None) == (config.engine == "deepspeed")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"activation_checkpointing": "selective_ops"}, {"data_parallel_replicate_size": 2, "zero_stage": 3}]
+)
+def test_what_yaml_cannot_say_to_the_trainer_has_another_home(fields: dict[str, Any]) -> None:
+    trial = config(engine="pytorch", **fields)
+    assert next(iter(fields)) in (cannot_express("hf_trainer", trial, "cuda") or "")
+    assert cannot_express("accelerate", trial, "cuda") is None
+    assert cannot_express("autotune", trial, "cuda") is None
+
+
+def test_what_is_kept_of_a_layer_is_said_so_that_python_runs_it() -> None:
+    """The words of the README, evaluated: what a script gives to transformers."""
+    trial = config(engine="pytorch", activation_checkpointing="selective_ops")
+    (said,) = (line for line in left_to_script("accelerate", trial, WORKLOAD) if "context_fn" in line)
+    arguments = said.partition("_enable(")[2].removesuffix("`")[:-1]
+    names = {"torch": torch, "functools": functools, "create_selective_checkpoint_contexts": list}
+    kept = eval(arguments, names)["context_fn"]()
+    assert kept == [operator.attrgetter(name)(torch.ops) for name in KEPT_OPERATORS]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_the_file_gives_the_arguments_of_the_trial(
     if config.engine == "pytorch" and config.zero_stage:
         plugin = arguments.fsdp_plugin_args
         assert (plugin["fsdp_version"], plugin["reshard_after_forward"]) == (2, config.zero_stage == 3)
+        assert plugin.get("cpu_offload", False) == (config.offload != "none")
     else:
         assert not arguments.fsdp
 

@@ -79,4 +79,7 @@ def test_describe_names_what_differs_from_the_default() -> None:
     assert "ckpt" not in short
     changes = {"activation_checkpointing": "selective", "selective_every": 2, "offload": "optimizer"}
     long = config(**changes, attention="flash_attention_2").describe()
+    layout = config(engine="pytorch", zero_stage=3, data_parallel_replicate_size=2, tensor_parallel_size=2)
+    assert layout.describe().endswith("replicate 2 tp 2")
+    assert (layout.data_parallel_size, layout.shards) == (4, 2)
     assert long.endswith("ckpt selective/2 offload optimizer flash_attention_2")
