@@ -211,7 +211,6 @@ FORMATS = {
         explanation="runs your script as the trial did, on the measured number of ranks, with the whole global batch",
         targets=(),
         write=_script_launch,
-        fallback=True,
     ),
 }
 """By the names that `autotune export --format` takes, besides `best`."""
