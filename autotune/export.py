@@ -24,6 +24,7 @@ from autotune.errors import NothingFeasibleError, UsageError
 from autotune.formats import script as script_format
 from autotune.formats.accelerate_yaml import DEEPSPEED_FILE, check_accelerate, to_accelerate
 from autotune.formats.deepspeed_json import check_deepspeed, to_deepspeed, to_hf_deepspeed
+from autotune.formats.peft_json import ADAPTER_FILE, check_adapter_config, to_adapter_config
 from autotune.formats.targets import Target, cannot_express, left_to_script, no_target
 from autotune.formats.training_args import check_training_args, to_training_args
 from autotune.results import Best
@@ -53,18 +54,23 @@ class Format:
     file: str
     explanation: str
     targets: tuple[Target, ...]
-    """Who reads it, the first directly: all of them must be able to express the config. None: the user's own script."""
+    """Who reads it, the first directly: all of them must be able to express the config. None: the user's own script, or
+    one that another file describes."""
     write: Callable[[Study, Best], str]
     """The file's text, accepted by the library that reads it."""
     launch: Literal["", "trainer", "accelerate", "deepspeed"] = ""
     """How launch.sh calls a start with this file."""
     audience: str = ""
     """Which scripts are started so."""
+    of_adapters: bool = False
+    """It describes adapters, which trials of method full do not have."""
     fallback: bool = False
     """Written to the best folder only where no other target of the study can run the winner."""
 
     def refusal(self, config: TrialConfig, space: Space) -> str | None:
         """Why the file cannot express `config`, or None when it can."""
+        if self.of_adapters and config.method == "full":
+            return "method full has no adapters"
         reasons = (cannot_express(target, config, space.cluster.device) for target in self.targets)
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -72,6 +78,8 @@ class Format:
         """Whether the best folder has a place for the file."""
         if study.space.script is not None:
             return self.file in _script_files(study.space.script)
+        if self.of_adapters:
+            return self.refusal(best.config, study.space) is None
         if not self.targets:
             return False
         others = [target for target in study.space.file.targets if target not in self.targets]
@@ -110,6 +118,12 @@ def _accelerate(study: Study, source: Best) -> str:
     return _heading(study, source) + _yaml(document)
 
 
+def _adapter_config(study: Study, source: Best) -> str:
+    document = to_adapter_config(source.config)
+    check_adapter_config(document)
+    return _json(document)
+
+
 def _train_script(study: Study, source: Best) -> str:
     space, config, workload = study.space, source.config, study.space.workload
     nodes = _nodes(config, space)
@@ -117,6 +131,7 @@ def _train_script(study: Study, source: Best) -> str:
         study=space.name,
         trial=source.trial,
         describe=config.describe(),
+        method=config.method,
         model=space.model.name,
         nodes=nodes,
         ranks_per_node=config.gpus // nodes,
@@ -198,6 +213,13 @@ FORMATS = {
         write=_accelerate,
         launch="accelerate",
         audience="a script on accelerate's Accelerator",
+    ),
+    "adapter": Format(
+        file=ADAPTER_FILE,
+        explanation="the adapters, for `peft.LoraConfig.from_pretrained` on this folder",
+        targets=(),
+        write=_adapter_config,
+        of_adapters=True,
     ),
     "train-script": Format(
         file="train.py",
@@ -346,6 +368,8 @@ def _mode(form: Format, source: Best, space: Space) -> dict[str, Any]:
 
 
 def _left_to_script(form: Format, config: TrialConfig, space: Space) -> list[str]:
+    if not form.targets:
+        return []
     todo = left_to_script(form.targets[0], config, space.workload)
     if form is FORMATS["deepspeed-hf"]:
         arguments = to_training_args(config, space.workload, space.cluster.device)

@@ -101,7 +101,17 @@ def main() -> None:
         pretend_gpus()
     spec = load_model("qwen3-tiny", Path())
     config = huggingface_config(spec)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
+    folder = Path(sys.argv[1]).parent
+    adapted = (folder / "adapter_config.json").exists()
+    dtype = torch.bfloat16 if adapted else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    if adapted:  # as the folder's README says
+        from peft import LoraConfig
+
+        model.add_adapter(LoraConfig.from_pretrained(str(folder)))
+        if not arguments.deepspeed:
+            for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+                parameter.data = parameter.data.float()
     vocabulary = model.config.vocab_size
     rows = [torch.from_numpy(sequence(1, 0, index, SEQUENCE_LENGTH, vocabulary)) for index in range(256)]
     watch = Watch(model)
@@ -117,6 +127,7 @@ def main() -> None:
             "passes": [watch.passes[index] for index in sorted(watch.passes)],
             "dtypes": sorted(watch.dtypes),
             "sharding": sharding(trainer),
+            "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
         }
         Path(sys.argv[2]).write_text(json.dumps(report))
     distributed.barrier()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import LoraConfig
 
 from autotune.errors import NothingFeasibleError, UsageError
 from autotune.export import FORMATS, export_best, export_files
@@ -130,7 +131,7 @@ def test_each_format_alone(tmp_path: Path, store: SqlStore) -> None:
         "deepspeed": {"ds_config.json"},
         "accelerate": {"accelerate.yaml", "ds_config.json"},  # the one names the other
     }
-    assert set(names) | {"train-script", "script"} == {"best", *FORMATS}
+    assert set(names) | {"train-script", "script", "adapter"} == {"best", *FORMATS}
     for fmt, expected in names.items():
         assert export_files(only_read, fmt) == {name: folder[name] for name in expected}
     with pytest.raises(UsageError, match="study 'sample' ran no script"):
@@ -181,6 +182,24 @@ def test_the_command_of_a_script_of_ones_own(tmp_path: Path, store: SqlStore, no
         "output",
         "--more",
     ]
+
+
+def test_adapters_are_a_file_of_their_own(tmp_path: Path, store: SqlStore) -> None:
+    study = finished_study(tmp_path, store, simulate, method="lora", lora={"rank": 8, "target_modules": "attention"})
+    files = export_best(study, tmp_path / "out")
+    read = LoraConfig.from_pretrained(str(files["adapter_config.json"].parent))
+    assert (read.r, read.lora_alpha, read.target_modules) == (8, 32, {"q_proj", "k_proj", "v_proj", "o_proj"})
+    readme = files["README.md"].read_text()
+    assert readme.count("model.add_adapter(peft.LoraConfig(task_type='CAUSAL_LM', r=8, lora_alpha=32") == 4
+    assert "`dtype=torch.bfloat16`" in readme
+    assert export_files(study, "adapter") == {"adapter_config.json": files["adapter_config.json"].read_text()}
+
+
+def test_full_training_has_no_adapters(tmp_path: Path, store: SqlStore) -> None:
+    study = finished_study(tmp_path, store, simulate)
+    assert "adapter_config.json" not in export_best(study, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"adapter cannot express trial \d+.*method full has no adapters"):
+        export_files(study, "adapter")
 
 
 def test_a_format_is_refused_not_approximated(tmp_path: Path, store: SqlStore) -> None:

@@ -25,10 +25,10 @@ BUCKETS = {"zero_optimization.reduce_bucket_size": 100_000, "zero_optimization.s
 STEPS, RANKS, LAYERS = 5, 2, 4
 
 
-def export(tmp_path: Path, cluster: dict[str, Any], search: dict[str, Any]) -> Path:
+def export(tmp_path: Path, cluster: dict[str, Any], search: dict[str, Any], method: str = "full") -> Path:
     """The best folder of a study whose one candidate was measured, with a user's own arguments added to a copy."""
     workload = {"global_batch_size": 8, "sequence_length": 64, "learning_rate": 2e-5, "max_gradient_norm": 0.5}
-    space = sample_space(tmp_path, cluster=cluster, workload=workload, search=search, baseline=...)
+    space = sample_space(tmp_path, cluster=cluster, workload=workload, search=search, baseline=..., method=method)
     with open_store(f"sqlite:///{tmp_path}/a.db", create=True) as store:
         study = Study.open(space, store)
         attempt = study.next_attempt(lambda: space.candidates[0])
@@ -102,6 +102,33 @@ def test_an_fsdp2_winner(tmp_path: Path) -> None:
     report = run(export(tmp_path, ON_GPU, search), "torchrun", "--standalone", "--nproc-per-node", RANKS)
     assert_trained(report, micro_batch_size=1, accumulation=4, every=1)
     assert report["sharding"] == {**FSDP2, "reshard_after_forward": [True]}
+
+
+def assert_adapters_alone_trained(report: dict[str, Any]) -> None:
+    assert len(report["trained"]) == LAYERS * 7 * 2  # A and B beside each matrix
+    assert all(".lora_" in name for name in report["trained"])
+
+
+@pytest.mark.slow
+def test_an_fsdp2_winner_with_adapters(tmp_path: Path) -> None:
+    """Layer by layer: the way that the README leaves to the script is not the one that gathers all layers at once."""
+    search = {"engine": "pytorch", "zero_stage": 3, "micro_batch_size": 1, "activation_checkpointing": "full"}
+    report = run(export(tmp_path, ON_GPU, search, "lora"), "torchrun", "--standalone", "--nproc-per-node", RANKS)
+    assert_trained(report, micro_batch_size=1, accumulation=4, every=1)
+    assert_adapters_alone_trained(report)
+    weights = ["torch.bfloat16", "torch.float32"]
+    assert report["sharding"] == {**FSDP2, "reshard_after_forward": [True], "weights": weights}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_deepspeed_winner_with_adapters(tmp_path: Path, stage: int) -> None:
+    search = {"engine": "deepspeed", "zero_stage": stage, "micro_batch_size": 2, "deepspeed": BUCKETS}
+    folder = export(tmp_path, ON_CPU, {**search, "activation_checkpointing": "full"}, "lora")
+    report = run(folder, "torchrun", "--standalone", "--nproc-per-node", RANKS)
+    assert_trained(report, micro_batch_size=2, accumulation=2, every=1)
+    assert_adapters_alone_trained(report)
+    assert report["sharding"]["zero_stage"] == stage
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ BATCH, LENGTH = 4, 32
 MODEL = load_model("qwen3-tiny", Path())
 
 
-def best_folder(folder: Path, layout: dict[str, object], gpus: int) -> Path:
+def best_folder(folder: Path, layout: dict[str, object], gpus: int, method: str = "full") -> Path:
     """The best folder of a study whose only fast trial has the layout."""
     search = {"engine": "pytorch", "precision": "fp32", "zero_stage": [0, 3], "micro_batch_size": [1, 2]}
     searched = search | {
@@ -39,6 +40,7 @@ def best_folder(folder: Path, layout: dict[str, object], gpus: int) -> Path:
         cluster={"nodes": 1, "gpus_per_node": gpus, "gpu": "cpu", "memory_bytes": "60MiB"},
         workload={"global_batch_size": BATCH, "sequence_length": LENGTH, "learning_rate": 1e-3},
         budget={"trials": 50},
+        **({} if method == "full" else {"method": method, "targets": ["autotune"]}),
     )
 
     def outcome(config: TrialConfig) -> Outcome:
@@ -101,6 +103,25 @@ def test_it_trains_on_given_tokens_and_keeps_the_weights(tmp_path: Path, layout:
     assert after < trained[0] - 0.01
     again = run(script, ranks, "--data", tmp_path / "tokens.npy", "--model", tmp_path / "weights", "--steps", 1)
     assert losses(again)[0] == pytest.approx(after, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [({"zero_stage": 3}, 2), ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, 4)],
+)
+def test_it_keeps_adapters(tmp_path: Path, layout: dict[str, object], ranks: int) -> None:
+    script = best_folder(tmp_path, layout, ranks, "lora") / "train.py"
+    tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, size=4 * BATCH * LENGTH)
+    np.save(tmp_path / "tokens.npy", tokens)
+    base = build_model(MODEL, "sdpa")
+    materialize(base, torch.device("cpu"), torch.float32, seed=7)
+    base.save_pretrained(tmp_path / "base")
+    given = ("--data", tmp_path / "tokens.npy", "--model", tmp_path / "base")
+    trained = losses(run(script, ranks, *given, "--learning-rate", 1e-2, "--out", tmp_path / "adapters"))
+    assert trained[0] == pytest.approx(plain_loss(base, tokens), abs=1e-4)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapters")
+    assert plain_loss(adapted, tokens) < trained[0] - 0.01
 
 
 @pytest.mark.parametrize(

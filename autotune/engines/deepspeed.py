@@ -16,6 +16,7 @@ from autotune.formats.deepspeed_json import set_dotted, to_deepspeed
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
+    apply_method,
     build_model,
     construct_model,
     initial_weight,
@@ -50,13 +51,14 @@ class DeepSpeedEngine:
             model = _build_partitioned(request, document, device)
         else:
             model = build_model(request.model, config.attention)
+            apply_method(model, config)
             # HF and DeepSpeed hold the weights in the compute dtype; fp32 masters are the optimizer's.
             materialize(model, device, COMPUTE_DTYPES[config.precision], workload.seed)
         apply_activation_checkpointing(model, config)
         self._engine: Any = deepspeed.initialize(
             model=model,
-            # All in one group, as under the Trainer when the JSON names the optimizer.
-            model_parameters=list(model.parameters()),
+            # All that trains in one group, as under the Trainer when the JSON names the optimizer.
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
             config=document,
             dist_init_required=False,
         )[0]
@@ -157,6 +159,7 @@ def _build_partitioned(request: TrialRequest, document: dict[str, Any], device: 
     """
     alive = HfDeepSpeedConfig(document)
     model = construct_model(request.model, request.config.attention)
+    apply_method(model, request.config)  # its parameters are whole until `deepspeed.initialize` partitions them too
     del alive
     write_partitioned_weights(model, device, request.workload.seed)
     return model
@@ -164,9 +167,12 @@ def _build_partitioned(request: TrialRequest, document: dict[str, Any], device: 
 
 @torch.no_grad()
 def write_partitioned_weights(model: PreTrainedModel, device: torch.device, seed: int) -> None:
-    """Set each partitioned parameter to its `initial_weight`, in place."""
+    """Set each parameter, partitioned or still whole, to its `initial_weight`, in place."""
     std = initializer_range(model)
     for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "ds_shape"):
+            parameter.copy_(initial_weight(name, parameter.shape, device, std, seed))
+            continue
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
             if torch.distributed.get_rank() == 0:
                 parameter.copy_(initial_weight(name, parameter.ds_shape, device, std, seed))

@@ -18,6 +18,7 @@ from autotune.engines.pytorch import PyTorchEngine
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
+    apply_method,
     build_model,
     materialize,
     shard_units,
@@ -50,6 +51,7 @@ class LayoutEngine(PyTorchEngine):
         """A stage on the device, each kind of parallelism around the one before."""
         config, mesh = request.config, self._mesh
         model = build_model(request.model, config.attention)
+        apply_method(model, config)
         apply_activation_checkpointing(model, config)
         if config.sequence_parallel_size > 1:
             split_sequence(model, config.attention, mesh.sequence.get_group())
@@ -67,7 +69,9 @@ class LayoutEngine(PyTorchEngine):
         if config.zero_stage:
             tail = [module for module in (stage.norm, stage.head) if module is not None]
             shard_units(stage, stage.embedding, tail, config, mesh.sharding)
-        materialize(model, device, torch.float32, request.workload.seed, on_host=config.offload != "none")
+        frozen = COMPUTE_DTYPES[config.precision]
+        on_host = config.offload != "none"
+        materialize(model, device, torch.float32, request.workload.seed, frozen=frozen, on_host=on_host)
         if config.zero_stage or config.replicas == 1:
             return stage
         return DistributedDataParallel(

@@ -12,6 +12,7 @@ and accelerate do (read in transformers 5.23 and accelerate 1.15), and what foll
 - One process is no DDP.
 - AdamW is torch's fused one, with weight decay on matrices only. Clipping is `clip_grad_norm_`, whose norm is global:
   DTensor gradients reduce over the mesh.
+- Adapters of LoRA are fp32 like all that trains; frozen weights have the compute dtype, in which they are loaded.
 - fp16 has a dynamic loss scale (`torch.amp.GradScaler`, which accelerate uses with FSDP2 as well). accelerate refuses
   fp16 on CPU; torch can do it, so the code path is tested there.
 """
@@ -34,6 +35,7 @@ from autotune.errors import UsageError
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
+    apply_method,
     build_model,
     materialize,
     shard_with_fsdp2,
@@ -62,7 +64,7 @@ class PyTorchEngine:
         # 0 means no clipping, to the Trainer and to DeepSpeed; to `clip_grad_norm_` it would mean no gradients.
         self._max_norm = workload.max_gradient_norm or float("inf")
         self._model = self._lay_out(request, device)
-        self._parameters = list(self._model.parameters())
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self._parameters, workload.weight_decay), lr=workload.learning_rate, fused=True
         )
@@ -74,13 +76,16 @@ class PyTorchEngine:
         """The module that `forward` calls, on the device and wrapped as the config says."""
         config = request.config
         model = build_model(request.model, config.attention)
+        apply_method(model, config)
         apply_activation_checkpointing(model, config)
         if config.precision != "fp32":
             autocast = torch.autocast(device.type, COMPUTE_DTYPES[config.precision])
             model.forward = convert_outputs_to_fp32(autocast(model.forward))
         if config.zero_stage:
             shard_with_fsdp2(model, config, data_parallel_mesh(device.type, config))
-        materialize(model, device, torch.float32, request.workload.seed, on_host=config.offload != "none")
+        frozen = COMPUTE_DTYPES[config.precision]
+        on_host = config.offload != "none"
+        materialize(model, device, torch.float32, request.workload.seed, frozen=frozen, on_host=on_host)
         sharded: torch.nn.Module = model
         if config.zero_stage or config.gpus == 1:
             return sharded
@@ -155,9 +160,9 @@ class PyTorchEngine:
             "gradients": [gradient for _, gradient in gathered if gradient is not None],
         }
         if self._offload != "none":
-            return whole | {"host": [*self._parameters, *gradients, *states]}
+            return whole | {"host": [*self._model.parameters(), *gradients, *states]}
         return whole | {
-            "parameters": list(self._parameters),
+            "parameters": list(self._model.parameters()),
             "gradients": [*gradients, *whole["gradients"]],
             "optimizer_states": states,
         }

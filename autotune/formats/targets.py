@@ -10,6 +10,7 @@ arguments for it.
 
 from typing import Literal, get_args
 
+from autotune.formats.peft_json import to_adapter_config
 from autotune.formats.training_args import checkpointing_argument
 from autotune.spec.cluster import Device
 from autotune.spec.config import KEPT_OPERATORS, TrialConfig
@@ -67,14 +68,35 @@ def _not_on_cpu(target: Target, config: TrialConfig) -> str | None:
     return None
 
 
+def _adapters(config: TrialConfig) -> list[str]:
+    """How the script makes what LoRA trains, as the trial did."""
+    fields = to_adapter_config(config)
+    given = ", ".join(f"{key}={fields[key]!r}" for key in fields if key != "peft_type")
+    # update_fsdp_plugin_peft (transformers 5.23) gives it a wrapping policy that fsdp2_prepare_auto_wrap_policy
+    # (accelerate 1.15) does not know, and then no layer is a unit.
+    why = "; of a `get_peft_model` the Trainer gathers all layers at once" if config.zero_stage >= 2 else ""
+    todo = [f"then calls `model.add_adapter(peft.LoraConfig({given}))`{why if config.engine == 'pytorch' else ''}"]
+    if config.engine == "pytorch" and config.precision != "fp32":
+        cast = "for p in filter(lambda p: p.requires_grad, model.parameters()): p.data = p.data.float()"
+        todo.append(f"then keeps what trains in fp32: `{cast}`")
+    return todo
+
+
+_TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
 def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> list[str]:
     """What the script itself must do under `target` to run `config` as it was measured, as Markdown."""
     if target == "autotune":
         return ["is `train.py` itself, a start to edit: how to run it stands at its top"]
     load = f'loads the model with `attn_implementation="{config.attention}"`'
-    if config.engine == "pytorch":  # DeepSpeed casts weights and keeps fp32 masters, whatever it is given
+    if config.method != "full":
+        load += f" and `dtype=torch.{_TORCH_DTYPES[config.precision]}`"
+    elif config.engine == "pytorch":  # DeepSpeed casts weights and keeps fp32 masters, whatever it is given
         load += " and `dtype=torch.float32`"
     todo = [f"trains on sequences of {config.sequence_length} tokens", load]
+    if config.method != "full":
+        todo += _adapters(config)
     if target == "hf_trainer":
         return todo
     if config.activation_checkpointing != "none":

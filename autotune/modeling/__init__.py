@@ -1,6 +1,7 @@
 """The model of a trial: what is built, how it is laid out, and how its bytes are counted.
 
 build.py           the Hugging Face model on meta, its checkpointing, its FSDP2 sharding, its random weights
+lora.py            adapters beside frozen weights
 mesh.py            which ranks share what
 stage.py           the decoder, or a pipeline stage of it, from token ids to the loss
 tensor_parallel.py which rank has what of each matrix

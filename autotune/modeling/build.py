@@ -1,8 +1,8 @@
 """The Hugging Face model of a trial: built on meta, laid out as the config says, then given weights on its device.
 
-The order is `build_model`, `apply_activation_checkpointing`, `shard_with_fsdp2` where the config shards, `materialize`.
-No step before the last allocates a parameter, so a 32B model never exists whole on the host, and under FSDP2 on no
-device either.
+The order is `build_model`, `apply_method`, `apply_activation_checkpointing`, `shard_with_fsdp2` where the config
+shards, `materialize`. No step before the last allocates a parameter, so a 32B model never exists whole on the host, and
+under FSDP2 on no device either.
 """
 
 import functools
@@ -101,6 +101,15 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: TrialConfig) 
             layer.gradient_checkpointing = index % every == 0
 
 
+def apply_method(model: PreTrainedModel, config: TrialConfig) -> None:
+    """Freeze what `config.method` does not train and add what it trains instead, in place."""
+    if config.method == "full":
+        return
+    from autotune.modeling.lora import add_adapters  # PEFT takes a second to import
+
+    add_adapters(model, config)
+
+
 def checkpointed_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     """The repeated blocks of `model`, in order: the unit of checkpointing and of FSDP2."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -177,19 +186,34 @@ def _offload_policy(config: TrialConfig, mesh: DeviceMesh) -> OffloadPolicy:
 
 
 def materialize(
-    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, seed: int, *, on_host: bool = False
+    model: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    frozen: torch.dtype | None = None,
+    on_host: bool = False,
 ) -> None:
     """Put `model` on `device` in `dtype` with the weights of `initial_weight`, in place.
 
     Sharded parameters keep their shards, which are `on_host` or on the device; buffers are on the device. The full
     value of one parameter at a time exists there besides.
+
+    Args:
+        model: its parameters are on meta.
+        device: where it goes.
+        dtype: of the parameters.
+        seed: of the weights.
+        frozen: the dtype of parameters that do not train; None for `dtype`.
+        on_host: whether parameters go to the host instead.
     """
     home = torch.device("cpu") if on_host else device
 
     def allocate(tensor: torch.Tensor) -> torch.Tensor:
         # Only parameters are on meta; buffers carry values and keep their dtype.
         if tensor.is_meta:
-            return torch.empty_like(tensor, dtype=dtype, device=home)
+            kind = dtype if tensor.requires_grad or frozen is None else frozen
+            return torch.empty_like(tensor, dtype=kind, device=home)
         return tensor.to(device, copy=True)
 
     # `_apply` is what `Module.to_empty` is made of, and what FSDP2 overrides to follow its parameters.
@@ -218,12 +242,17 @@ def initial_weight(name: str, shape: Iterable[int], device: torch.device, std: f
     """The random fp32 value of the parameter `name`, whole, on `device`.
 
     Depends on (seed, name, shape, kind of device) alone, never on the order of the parameters or on the sharding: the
-    engines of one study train the same weights. Norms are ones, biases zeros, the rest normal(0, `std`).
+    engines of one study train the same weights. Norms are ones, biases zeros, the rest normal(0, `std`). An adapter's B
+    is zeros, so that training begins with the model as it is, its A normal(0, 1 / rank), as PEFT's `gaussian`. A matrix
+    with an adapter has the value that it has without.
     """
-    if name.endswith(".bias"):
+    name = name.replace(".base_layer.", ".")
+    if name.endswith(".bias") or ".lora_B." in name:
         return torch.zeros(*shape, device=device)
     if len(tuple(shape)) < 2:
         return torch.ones(*shape, device=device)
+    if ".lora_A." in name:
+        std = 1 / next(iter(shape))
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(*shape, device=device).normal_(0.0, std, generator=generator)

@@ -14,12 +14,18 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from autotune.errors import UsageError
+from autotune.formats.peft_json import ADAPTER_FILE, to_adapter_config
 from autotune.modeling.build import fill
+from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """A file is closed when it has reached this size, as Hugging Face does."""
+
+_ADAPTER = ".lora_"
+"""In the names of adapters alone."""
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -30,7 +36,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def load_weights(parameters: NamedParameters, folder: Path) -> None:
-    """Set each parameter of this rank to the value of its name, in place. Ranks need not call it together.
+    """Set each parameter of this rank but adapters to the value of its name, in place. Ranks need not call it together.
 
     Args:
         parameters: by Hugging Face's names, whole or sharded.
@@ -41,6 +47,9 @@ def load_weights(parameters: NamedParameters, folder: Path) -> None:
     """
     files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
     for name, parameter in parameters:
+        if _ADAPTER in name:
+            continue
+        name = name.replace(".base_layer.", ".")
         if name not in files:
             raise UsageError(f"{folder}: has no weight {name}; name a folder with all the weights of this model")
         with safe_open(files[name], framework="pt") as stored:
@@ -51,6 +60,31 @@ def load_weights(parameters: NamedParameters, folder: Path) -> None:
                 " name the folder of the model whose config.json this is"
             )
         fill(parameter, value.to(parameter.device, parameter.dtype))
+
+
+def save_adapters(
+    parameters: NamedParameters, config: TrialConfig, base: str, folder: Path, *, writes: bool, dtype: torch.dtype
+) -> None:
+    """Write the adapters of all ranks as `peft.PeftModel.from_pretrained` reads them. Every rank calls it.
+
+    Args:
+        parameters: by Hugging Face's names, whole or sharded; those that are no adapters are left out.
+        config: of a method with adapters.
+        base: name or folder of the model that they belong to.
+        folder: made where it is missing, by rank 0.
+        writes: whether this rank stands for its stage; one of each stage does.
+        dtype: of the file.
+    """
+    mine: dict[str, torch.Tensor] = {}
+    for part in _parts(((name, p) for name, p in parameters if _ADAPTER in name), dtype):
+        mine |= {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in part.items()}
+    found: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.gather_object(mine if writes else {}, found if dist.get_rank() == 0 else None)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value for of_rank in found for name, value in of_rank.items()}, folder / _ADAPTER_WEIGHTS)
+        document = to_adapter_config(config) | {"base_model_name_or_path": base}
+        (folder / ADAPTER_FILE).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def save_weights(

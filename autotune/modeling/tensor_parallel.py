@@ -56,13 +56,29 @@ def layer_plan(layer: torch.nn.Module) -> dict[str, ParallelStyle]:
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(_SEQUENCE)),
     }
     present = {name for name, _ in layer.named_modules()}
+    for name in [name for name in plan if f"{name}.lora_A" in present]:
+        plan |= _adapted(name, plan.pop(name))
     return {name: style for name, style in plan.items() if name in present}
+
+
+def _adapted(name: str, style: ParallelStyle) -> dict[str, ParallelStyle]:
+    """A matrix and its adapter: A is cut as the matrix is and its few outputs made whole; B is cut by its outputs,
+    which leave it as the matrix's do.
+    """
+    first: ParallelStyle
+    if isinstance(style, ColwiseParallel):
+        first, second = ColwiseParallel(output_layouts=Replicate()), ColwiseParallel()
+    else:
+        first = RowwiseParallel(output_layouts=Replicate())
+        second = ColwiseParallel(output_layouts=Shard(_SEQUENCE))
+    return {f"{name}.base_layer": style, f"{name}.lora_A.default": first, f"{name}.lora_B.default": second}
 
 
 def split_matrices(stage: DecoderStage, mesh: DeviceMesh) -> None:
     """Share the parameters of `stage` over `mesh`, in place. They are on meta, and become DTensors there."""
     # FSDP2 warns of what modules return that is a view, as a DTensor's local part is: nothing here writes into it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    frozen = {name for name, parameter in stage.named_parameters() if not parameter.requires_grad}
     for layer in checkpointed_layers(stage):
         parallelize_module(layer, mesh, layer_plan(layer))
     if stage.embedding is not None:
@@ -73,3 +89,5 @@ def split_matrices(stage: DecoderStage, mesh: DeviceMesh) -> None:
         parallelize_module(stage.norm, mesh, SequenceParallel())
         weight = distribute_tensor(stage.head.weight, mesh, [Shard(0)])
         stage.head.weight = torch.nn.Parameter(weight)
+    for name, parameter in stage.named_parameters():
+        parameter.requires_grad_(name not in frozen)  # the styles make new parameters, some of which would train

@@ -40,6 +40,7 @@ _SOURCES = (
     "engines/*.py",
     "modeling/*.py",
     "formats/deepspeed_json.py",
+    "formats/peft_json.py",
     "predict/allocator.py",
     "predict/fake.py",
     "predict/fake_mode.py",
@@ -51,7 +52,7 @@ _SOURCES = (
 _DEFAULT_WINDOWS = dict.fromkeys(("mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text"), 4096)
 """Positions, by model_type: the sliding window where a config names none. Source: transformers, configuration_*.py."""
 _NARROW, _WIDE = 1, 2**30
-_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
+_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 
 
 def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cluster: ClusterSpec) -> MemoryPrediction:

@@ -31,6 +31,7 @@ from autotune.predict.stream import (
     StructureError,
     Trace,
 )
+from autotune.spec.adapters import adapted_matrices, trainable_parameters
 from autotune.spec.config import Attention, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Phase
@@ -181,7 +182,9 @@ def _uneven_depth(model: ModelSpec, config: TrialConfig) -> int:
     """
     ranks = config.data_parallel_size
     embedding = _embedding_size(model)
-    if config.engine != "deepspeed" or config.zero_stage not in (1, 2) or model.num_parameters < ranks * embedding:
+    if config.engine != "deepspeed" or config.zero_stage not in (1, 2) or config.method != "full":
+        return TRACED_LAYERS  # adapters are all small
+    if model.num_parameters < ranks * embedding:
         return TRACED_LAYERS
     outside = embedding if model.config.get("tie_word_embeddings") else 2 * embedding
     layer = (model.num_parameters - outside) / model.num_hidden_layers
@@ -201,7 +204,10 @@ def _largest_double_bytes(model: ModelSpec, config: TrialConfig) -> int | None:
     """
     if config.engine != "deepspeed" or config.zero_stage not in (1, 2):
         return None
-    return 8 * min(_embedding_size(model), model.num_parameters // config.data_parallel_size)
+    largest = _embedding_size(model)
+    if config.lora_target_modules is not None and config.lora_rank is not None:
+        largest = config.lora_rank * max(map(max, adapted_matrices(model, config.lora_target_modules).values()))
+    return 8 * min(largest, trainable_parameters(model, config) // config.data_parallel_size)
 
 
 def _all_at_once(model: ModelSpec, config: TrialConfig) -> tuple[TrialConfig, float]:
@@ -215,7 +221,7 @@ def _all_at_once(model: ModelSpec, config: TrialConfig) -> tuple[TrialConfig, fl
     keys = dict(config.deepspeed)
     size = float(keys.get(_SUB_GROUP_SIZE, SUB_GROUP_SIZE))
     uncut = replace(config, deepspeed=tuple((keys | {_SUB_GROUP_SIZE: UNCUT}).items()))
-    return uncut, min(1.0, size * config.data_parallel_size / model.num_parameters)
+    return uncut, min(1.0, size * config.data_parallel_size / trainable_parameters(model, config))
 
 
 def record_trace(
@@ -339,6 +345,8 @@ class _Marks:
             self._recorder.enter(self._micro_step, "between")
 
     def _when_gradient(self, tensor: torch.Tensor, kind: Any, layer: int) -> None:
+        if not tensor.requires_grad:  # of frozen embeddings: the backward pass ends with the first layer
+            return
         tensor.register_hook(lambda _: self._recorder.enter(self._micro_step, kind, layer))  # type: ignore[no-untyped-call]
 
 

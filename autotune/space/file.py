@@ -15,7 +15,9 @@ from autotune.spec.config import (
     ActivationCheckpointing,
     Attention,
     Engine,
+    LoraTargets,
     Loss,
+    Method,
     Offload,
     PipelineSchedule,
     Precision,
@@ -108,6 +110,22 @@ class ObjectiveFile(_Strict):
     maximize: Literal["tokens_per_second_per_gpu"] = "tokens_per_second_per_gpu"
 
 
+class LoraFile(_Strict):
+    """The adapters of `method: lora` and `qlora`."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    target_modules: LoraTargets = "all-linear"
+
+
+class NumericsFile(_Strict):
+    """Axes that change what is trained, not only how fast: searched where they are stated, and labelled."""
+
+    method: Axis[Method] | None = None
+    lora_rank: Axis[PositiveInt] | None = None
+    lora_target_modules: Axis[LoraTargets] | None = None
+
+
 class SearchFile(_Strict):
     """The axes."""
 
@@ -126,6 +144,7 @@ class SearchFile(_Strict):
     pipeline_schedule: Axis[PipelineSchedule] = ["1f1b"]
     loss: Axis[Loss] = ["full_logits"]
     data_parallel_replicate_size: Axis[PositiveInt] = [1]
+    numerics: NumericsFile = NumericsFile()
     deepspeed: dict[Name, Axis[Number]] = {}
     script: dict[Name, Axis[Number]] = {}
     """Knobs of the user's own script, each a placeholder of its command."""
@@ -149,6 +168,9 @@ class BaselineFile(_Strict):
     pipeline_schedule: PipelineSchedule | None = None
     loss: Loss | None = None
     data_parallel_replicate_size: PositiveInt | None = None
+    method: Method | None = None
+    lora_rank: PositiveInt | None = None
+    lora_target_modules: LoraTargets | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 
@@ -210,7 +232,8 @@ class SpaceFile(_Strict):
     model: Name
     weights: Literal["random"] = "random"
     task: Literal["train"] = "train"
-    method: Literal["full"] = "full"
+    method: Method = "full"
+    lora: LoraFile = LoraFile()
     targets: Axis[Target] = list(TARGETS)
     """Who must be able to run the winner: a config is searched if at least one of them can express it. All of them
     together express every config that a trial can run; name the one that you use to search no other."""
@@ -349,7 +372,9 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "workload": WorkloadFile,
     "objective": ObjectiveFile,
     "script": ScriptSection,
+    "lora": LoraFile,
     "search": SearchFile,
+    "search.numerics": NumericsFile,
     "baseline": BaselineFile,
     "budget": BudgetFile,
     "measure": MeasureFile,

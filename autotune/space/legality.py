@@ -2,6 +2,7 @@
 
 from autotune.formats.targets import READ_BY_TARGETS, Target, no_target
 from autotune.space.layouts import LAYOUT_RULES
+from autotune.space.methods import LORA_FIELDS, METHOD_RULES
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
@@ -12,10 +13,10 @@ from autotune.spec.workload import Workload
 def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
     """Every rule of a study, in the order in which they speak: the config can run, and a target can run it later."""
     expressed = Rule((*READ_BY_TARGETS, *DEGREES), lambda config, *_: no_target(targets, config))
-    return (*RULES, *LAYOUT_RULES, expressed)
+    return (*RULES, *LAYOUT_RULES, *METHOD_RULES, expressed)
 
 
-AXES_OF_CONDITIONS = ("engine", "zero_stage", "activation_checkpointing", "pipeline_parallel_size")
+AXES_OF_CONDITIONS = ("engine", "zero_stage", "activation_checkpointing", "pipeline_parallel_size", "method")
 """What `applies` reads of a config."""
 
 
@@ -28,6 +29,8 @@ def applies(axis: str, config: TrialConfig) -> bool:
         return config.activation_checkpointing == "selective"
     if axis == "pipeline_schedule":
         return config.pipeline_parallel_size > 1
+    if axis in LORA_FIELDS:
+        return config.method != "full"
     group, _, key = axis.partition(".")
     return _deepspeed_key_applies(key, config) if group == "deepspeed" else True
 

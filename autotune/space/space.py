@@ -23,6 +23,7 @@ from autotune.space.candidates import ABSENT, Candidates, Columns
 from autotune.space.file import SpaceFile, parse_space, read_space_file
 from autotune.space.grid import Grid
 from autotune.space.legality import RULES, applies, rules
+from autotune.space.methods import LORA_FIELDS, contradiction
 from autotune.space.rule import Rule
 from autotune.space.script import check_script, script_rules, script_run
 from autotune.spec.cluster import ClusterSpec, find_gpu
@@ -116,6 +117,8 @@ class Space:
             fields["selective_every"] = None
         if fields["pipeline_parallel_size"] == 1:
             fields["pipeline_schedule"] = None
+        if fields["method"] == "full":
+            fields |= dict.fromkeys(LORA_FIELDS)
         config = TrialConfig(**fields, sequence_length=self.file.workload.sequence_length)
         keys = {key.removeprefix("deepspeed."): value for key, value in values.items() if key.startswith("deepspeed.")}
         applicable = ((key, value) for key, value in keys.items() if applies(f"deepspeed.{key}", config))
@@ -191,7 +194,8 @@ class Space:
         """Values that the file lists but no legal candidate has, with the commonest reason."""
         found = []
         for axis, values in self.axes.items():
-            if axis.partition(".")[0] not in self.file.search.model_fields_set:
+            stated = self.file.search.model_fields_set | self.file.search.numerics.model_fields_set
+            if axis.partition(".")[0] not in stated:
                 continue  # our own default, which nobody asked for
             used = self.used(axis)
             if axis in ("selective_every", "pipeline_schedule") and used == (NOT_APPLICABLE,):
@@ -253,6 +257,9 @@ def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
         cluster = ClusterSpec(
             nodes=file.cluster.nodes, gpus_per_node=file.cluster.gpus_per_node, gpu=gpu, memory_bytes=memory_bytes
         )
+    problem = contradiction(file)
+    if problem is not None:
+        raise InvalidSpaceError(f"{where}: {problem}")
     space = _space(file, text, where, model, cluster)
     check_script(file, {axis: len(values) for axis, values in space.axes.items()}, where, path.parent)
     _check_size(space)
@@ -286,8 +293,13 @@ def _space(file: SpaceFile, text: str, where: str, model: ModelSpec, cluster: Cl
     axes: dict[str, tuple[Scalar, ...]] = {
         key: tuple(getattr(file.search, key))
         for key in type(file.search).model_fields
-        if key not in ("deepspeed", "script", "gpus")
+        if key not in ("deepspeed", "script", "numerics", "gpus")
     }
+    numerics, lora = file.search.numerics, file.lora
+    axes["method"] = tuple(numerics.method or [file.method])
+    axes["lora_rank"] = tuple(numerics.lora_rank or [lora.rank])
+    axes["lora_alpha"] = (lora.alpha,)
+    axes["lora_target_modules"] = tuple(numerics.lora_target_modules or [lora.target_modules])
     axes["gpus"] = tuple(file.search.gpus or [cluster.total_gpus])
     if "selective" not in axes["activation_checkpointing"] and "selective_every" not in file.search.model_fields_set:
         axes["selective_every"] = axes["selective_every"][:1]

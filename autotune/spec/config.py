@@ -13,6 +13,8 @@ ActivationCheckpointing = Literal["none", "full", "selective", "selective_ops"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
 Loss = Literal["full_logits", "chunked"]
+Method = Literal["full", "lora", "qlora"]
+LoraTargets = Literal["all-linear", "attention", "mlp"]
 Scalar = bool | int | float | str
 
 STAGES_PER_RANK: dict[PipelineSchedule, int] = {"1f1b": 1, "interleaved_1f1b": 2, "zero_bubble": 2}
@@ -39,6 +41,10 @@ LATER_FIELDS = {
     "loss": "full_logits",
     "script": {},
     "data_parallel_replicate_size": 1,
+    "method": "full",
+    "lora_rank": None,
+    "lora_alpha": None,
+    "lora_target_modules": None,
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -81,6 +87,15 @@ class TrialConfig:
     """`chunked`: the logits are computed, and recomputed in the backward pass, a piece of the sequence at a time."""
     data_parallel_replicate_size: int = 1
     """Groups of data-parallel ranks with a whole copy of the model each: FSDP2 shards within a group (HSDP)."""
+    method: Method = "full"
+    """What trains: `full` all weights; `lora` low-rank adapters beside frozen weights in the compute dtype; `qlora` the
+    same beside weights held in 4 bits (nf4, double quantisation)."""
+    lora_rank: int | None = None
+    """Inner width of an adapter; None without adapters, like the two below."""
+    lora_alpha: int | None = None
+    """An adapter counts alpha / rank times."""
+    lora_target_modules: LoraTargets | None = None
+    """Which matrices have an adapter: those of attention, of the MLP, or both (`all-linear`, never the lm head)."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -159,6 +174,8 @@ class TrialConfig:
     def describe(self) -> str:
         """One short line for people: `deepspeed zero-3 bf16 mb 4 ckpt full`."""
         words = [self.engine, f"zero-{self.zero_stage}", self.precision, f"mb {self.micro_batch_size}"]
+        if self.method != "full":
+            words.insert(0, f"{self.method} r{self.lora_rank} {self.lora_target_modules}")
         if self.activation_checkpointing != "none":
             every = f"/{self.selective_every}" if self.selective_every else ""
             words.append(f"ckpt {self.activation_checkpointing}{every}")

@@ -119,7 +119,9 @@ def test_status_shows_job_and_progress(story: Story) -> None:
     assert story.at_the_end["job"]["id"] == "autotune-job-test-2"
     assert (story.at_the_end["job"]["state"], story.at_the_end["job"]["driver_exit_code"]) == ("succeeded", 0)
     trials = story.at_the_end["study"]["trials"]
-    assert trials["complete"] + trials["out_of_memory"] + trials["stopped_early"] == len(story.finished_when_stopped) + 2
+    assert (
+        trials["complete"] + trials["out_of_memory"] + trials["stopped_early"] == len(story.finished_when_stopped) + 2
+    )
     assert trials["running"] == trials["interrupted"] == trials["failed"] == 0
 
 

@@ -1,0 +1,64 @@
+"""Memory of LoRA: what is traced against what real gloo ranks reach, on every engine, stage and layout."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from autotune.trial.pool import NodePool
+from tests.engines.parity import SMALL_BUCKETS
+from tests.predict.test_layout_memory import a_request, degrees, measured, predicted
+
+PYTORCH, DEEPSPEED = 0.02, 0.05
+"""Tolerances, as ratios."""
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodePool]:
+    pool = NodePool(device="cpu", log_dir=str(tmp_path_factory.mktemp("logs")))
+    yield pool
+    pool.shutdown()
+
+
+def lora(engine: str, stage: int, **fields: Any) -> dict[str, Any]:
+    adapters = {"method": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
+    keys = {"deepspeed": dict(SMALL_BUCKETS)} if engine == "deepspeed" else {}
+    return {"engine": engine, "zero_stage": stage, "precision": "bf16", **adapters, **keys, **fields}
+
+
+FULL = {"activation_checkpointing": "full"}
+PIPELINE = degrees(pipeline=2, schedule="1f1b")
+CASES = [
+    (False, 2, 2, 2, lora("pytorch", 3, **FULL)),
+    (False, 2, 2, 2, lora("deepspeed", 3)),
+    (True, 2, 1, 1, lora("pytorch", 0)),
+    (True, 2, 2, 1, lora("pytorch", 0, **FULL, lora_target_modules="attention")),
+    (True, 2, 2, 2, lora("pytorch", 0)),
+    (True, 8, 2, 2, lora("pytorch", 2)),
+    (True, 12, 2, 2, lora("pytorch", 3, lora_target_modules="mlp")),
+    (True, 12, 2, 2, lora("pytorch", 3, precision="fp32")),
+    (True, 12, 2, 2, lora("deepspeed", 0, precision="fp32")),
+    (True, 12, 2, 2, lora("deepspeed", 0)),
+    (True, 12, 2, 2, lora("deepspeed", 1)),
+    (True, 12, 2, 2, lora("deepspeed", 2, **FULL)),
+    (True, 12, 2, 2, lora("deepspeed", 3, **FULL)),
+    (True, 4, 2, 4, lora("deepspeed", 2)),
+    (True, 12, 2, 2, lora("pytorch", 0, **degrees(tensor=2), loss="chunked")),
+    (True, 4, 2, 4, lora("pytorch", 3, **degrees(tensor=2))),
+    (True, 4, 2, 2, lora("pytorch", 3, **degrees(sequence=2))),
+    (True, 8, 4, 2, lora("pytorch", 0, **PIPELINE)),
+]
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "gpus", "fields"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if dear else []) for dear, *case in CASES],
+)
+def test_every_rank_is_predicted(pool: NodePool, layers: int, steps: int, gpus: int, fields: dict[str, Any]) -> None:
+    request = a_request(layers, steps, gpus, fields)
+    of_a_stage = gpus // request.config.pipeline_parallel_size
+    tolerance = PYTORCH if request.config.engine == "pytorch" else DEEPSPEED
+    peaks = measured(pool, request)
+    for rank in range(0, gpus, of_a_stage):
+        found = predicted(request, steps, rank)
+        assert peaks[rank : rank + of_a_stage] == [pytest.approx(found, rel=tolerance)] * of_a_stage
