@@ -16,10 +16,11 @@ import weakref
 from typing import Any, Self
 
 import torch
+from torch._C._distributed_c10d import Work
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
-from autotune.modeling.messages import IN_FLIGHT, threads_work_on
+from autotune.modeling.messages import IN_FLIGHT, threads_work_on, unseen
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -70,12 +71,15 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
 
         torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
+        self._wait = Work.wait
+        Work.wait = unseen(self._wait)  # type: ignore[method-assign]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        Work.wait = self._wait  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         IN_FLIGHT.let_go()

@@ -6,9 +6,11 @@ time would then depend on the host's scheduler, from run to run. NCCL has no suc
 do not own their memory; the owners are held here, and only until the message has finished.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 
@@ -47,6 +49,20 @@ class Messages:
 
 IN_FLIGHT = Messages()
 """Of the process, not of who watches it: gloo may still write when the watcher has gone."""
+
+
+def unseen(wait: Callable[..., bool]) -> Callable[..., bool]:
+    """A `Work.wait` that no dispatch mode sees.
+
+    In it gloo copies a reduce-scatter's result out of a copy of the whole input, which its threads go on holding, and
+    which NCCL does not make.
+    """
+
+    def wait_unseen(*arguments: Any) -> bool:
+        with _disable_current_modes():
+            return wait(*arguments)
+
+    return wait_unseen
 
 
 def threads_work_on(func: Any, args: Any) -> bool:

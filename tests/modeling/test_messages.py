@@ -53,6 +53,17 @@ def test_results_are_written_where_the_caller_looks(alone: None) -> None:
     assert summed.tolist() == [1, 2, 3]
 
 
+def test_the_copy_that_gloo_makes_for_a_reduce_scatter_is_not_counted(alone: None) -> None:
+    with MemoryTracker() as tracker:
+        whole, part = torch.ones(BYTES // 4), torch.zeros(BYTES // 4)
+        work = dist.reduce_scatter_tensor(part, whole, async_op=True)
+        assert work is not None
+        work.wait()
+        assert (tracker.live_bytes, tracker.peak_bytes) == (2 * BYTES, 2 * BYTES)
+        assert part.sum() == BYTES // 4
+    del work
+
+
 def late_partner(store: str, told: Connection) -> None:
     dist.init_process_group("gloo", store=torch._C._distributed_c10d.FileStore(store, 2), rank=1, world_size=2)
     told.recv()
