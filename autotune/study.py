@@ -36,6 +36,7 @@ from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome
 from autotune.spec.prediction import Prediction
 from autotune.spec.record import AttemptState, SpaceRecord, StudyRecord, TrialRecord, Turn
+from autotune.spec.sensitivity import Sensitivity
 
 
 class Store(Protocol):
@@ -49,6 +50,9 @@ class Store(Protocol):
 
     def add_space(self, name: str, space: SpaceRecord) -> int:
         """Keep the edited search space as the study's next version."""
+
+    def keep_sensitivity(self, name: str, sensitivity: Sensitivity) -> None:
+        """Keep what was found about the winner."""
 
     def trials(self, study: str) -> list[TrialRecord]:
         """Every trial with its attempts, by number."""
@@ -130,6 +134,7 @@ class Study:
         self._results: tuple[Result, ...] | None = None
         self.spending = Spending(space.file.budget, space.cluster.total_gpus)
         self._enough: str | None = None
+        self._sensitivity = None if (record := store.study(space.name)) is None else record.sensitivity
         baseline = space.baseline
         for trial in trials:
             self._numbers[trial.config], self._sources[trial.config] = trial.number, trial.source
@@ -416,6 +421,19 @@ class Study:
             return fastest(self.results, self.space.file.memory_headroom)
         winner = verdict.winner
         return None if winner is None else Best(winner.trial, winner.config, winner.measurement)
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """Of the winner; None where there is none, or nobody has looked since it became the winner."""
+        found, best = self._sensitivity, self.best()
+        if found is None or best is None or (found.trial, found.trials) != (best.trial, self.counts.finished):
+            return None
+        return found
+
+    def keep_sensitivity(self, found: Sensitivity) -> None:
+        """Keep what one step away from the winner does."""
+        self._store.keep_sensitivity(self.space.name, found)
+        self._sensitivity = found
 
     def best_among(self, results: Iterable[Result]) -> Best | None:
         """The fastest eligible trial of some, by screening; its figures are confirmed ones if there are any."""

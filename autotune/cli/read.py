@@ -1,7 +1,7 @@
 """`autotune studies`, `show` and `best`: what a store knows."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -9,6 +9,9 @@ from rich.table import Table
 
 from autotune.cli.options import DEFAULT_STORE, JsonOption, StoreOption, StudyArgument, print_json
 from autotune.errors import NothingFeasibleError, StoreError, UsageError
+
+if TYPE_CHECKING:
+    from autotune.study import Study
 
 
 def studies(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
@@ -64,9 +67,21 @@ def show(
         stored = Study.stored(database, study)
     results = standing_results(trials)
     Console().print(trial_table(results, stored))
+    _print_sensitivity(stored)
     waiting = len(trials) - len(results)
     if waiting:
         Console(stderr=True).print(f"{waiting} more running or waiting to be run again", style="dim")
+
+
+def _print_sensitivity(stored: "Study") -> None:
+    from autotune.report.sensitivity import constraint_text, sensitivity_table
+
+    if (found := stored.sensitivity) is None:
+        return
+    console = Console()
+    console.print(f"\nOne step away from trial {found.trial}, the best:", highlight=False)
+    console.print(sensitivity_table(found))
+    console.print(f"Limited by {constraint_text(found)}.", highlight=False)
 
 
 def best(
@@ -88,6 +103,8 @@ def best(
         finished = stored.counts.finished
         raise NothingFeasibleError(f"study {study!r} has no eligible trial among its {finished} finished ones")
     if as_json:
-        print_json({"study": study, "best": best_document(found)})
+        sensitivity = None if stored.sensitivity is None else stored.sensitivity.to_dict()
+        print_json({"study": study, "best": best_document(found), "sensitivity": sensitivity})
         return
     Console().print(trial_table([Result(*found)], stored))
+    _print_sensitivity(stored)

@@ -75,6 +75,7 @@ def tune(
     from autotune.report.terminal import Progress, Tracing, result_panel
     from autotune.search.runner import LauncherName, run_study
     from autotune.search.samplers import SamplerName
+    from autotune.search.sensitivity import find_sensitivity
     from autotune.store.lease import Lease
     from autotune.store.store import open_store
     from autotune.study import Study
@@ -101,6 +102,8 @@ def tune(
                 if lease.lost:
                     raise _taken_over(study) from None
                 raise
+        if study.sensitivity is None and (found := find_sensitivity(study, plan)) is not None:
+            study.keep_sensitivity(found)
         artifacts = export_best(study, folder)
     advice = None
     if study.best() is None and (study.counts.out_of_memory or study.counts.complete) and plan.knows_memory:

@@ -29,7 +29,7 @@ def explain(
     Raises:
         UsageError: the engine refuses the config.
     """
-    moved = list(_moves(space, config))
+    moved = list(moves(space, config))
     legal = [step for _, _, step, refusal in moved if refusal is None]
     names = {name for step in (config, *legal) for name in structures_of(space, step)}
     reasons = trace_structures(names, on_traced)
@@ -43,8 +43,8 @@ def explain(
     return memory, [lever(*move) for move in moved]
 
 
-def _moves(space: Space, config: TrialConfig) -> Iterable[tuple[str, Scalar, TrialConfig, str | None]]:
-    """(axis, value, config, why it is illegal) of each step of one axis."""
+def moves(space: Space, config: TrialConfig) -> Iterable[tuple[str, Scalar, TrialConfig, str | None]]:
+    """(axis, value, config, why it is illegal) of each step of one axis, to either side."""
     values = space.values(config)
     stated = {axis: space.axes[axis][0] if value == NOT_APPLICABLE else value for axis, value in values.items()}
     for axis, allowed in space.axes.items():

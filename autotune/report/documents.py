@@ -22,6 +22,7 @@ def study_document(study: Study, artifacts: dict[str, Path]) -> dict[str, Any]:
         "best": None if best is None else best_document(best),
         "baseline": None if baseline is None else baseline.to_dict(),
         "confirmation": None if study.verdict is None else verdict_document(study.verdict),
+        "sensitivity": None if study.sensitivity is None else study.sensitivity.to_dict(),
         "prediction": ledger_document(study.ledger),
         "artifacts": {name: str(path) for name, path in artifacts.items()},
     }

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from autotune.confirmation import ROUNDS
 from autotune.predict.remedies import NO_REMEDY, Remedy
+from autotune.report.sensitivity import constraint_text
 from autotune.report.verdict import confirmation_text, gain_text, notes, speed_text
 from autotune.results import Counts, Result
 from autotune.space.space import Space
@@ -326,6 +327,8 @@ def result_panel(study: Study, artifacts: dict[str, Path], advice: Sequence[Reme
     rows.append(("memory", f"{used} of {total} on the fullest rank"))
     rows.append(("confirmed", confirmation_text(study)))
     rows += [("", note) for note in notes(study)]
+    if study.sensitivity is not None:
+        rows.append(("limited by", constraint_text(study.sensitivity)))
     rows.append(("trials", summary))
     if study.stop_reason is not None:
         rows.append(("ended", study.stop_reason))

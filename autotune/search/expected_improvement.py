@@ -53,7 +53,7 @@ FAILURE_RATE, FAILURE_STRENGTH = 0.05, 1.0
 LEAST_FIT_PROBABILITY = 1e-3
 """What is less likely to fit is not worth a launch, even when nothing else is left."""
 
-_NETWORK = (
+NETWORK = (
     TimePart.TENSOR_PARALLEL,
     TimePart.PIPELINE_TRANSFER,
     TimePart.GRADIENT_REDUCTION,
@@ -142,7 +142,7 @@ class Expectation:
     """What a measurement of each candidate is expected to show, after what was observed."""
 
     throughput: Values
-    """(N,) medians."""
+    """(N,) medians, of N candidates."""
     throughput_deviation: Values
     """(N,) of the logarithm, a measurement's own noise included."""
     peak_bytes: Values
@@ -198,13 +198,14 @@ class ExpectedImprovement:
         """
         return _View(self, observed, sorted(set(pending))).best()
 
-    def expect(self, observed: Sequence[Observed]) -> Expectation:
-        """What is believed of all candidates; before anything was observed, the predictions and their widths.
+    def expect(self, observed: Sequence[Observed], rows: Indices | None = None) -> Expectation:
+        """What is believed of candidates, by default of all; before anything was observed, predictions and widths.
 
         For people, who ask how far off it may be; proposals take the most probable widths for granted, which moves on
         sooner from what was wrong.
         """
-        return _View(self, observed, [], averaged=True).expectation()
+        wanted = np.arange(len(self._log_throughput)) if rows is None else rows
+        return _View(self, observed, [], averaged=True).expectation(wanted)
 
     def _correlation(self, rows: Indices | slice, at: Indices) -> NDArray[np.float32]:
         """exp(-|x - y|² / (2·LENGTH²)) of rows (B,) and observations (M,), as (B, M)."""
@@ -369,21 +370,22 @@ class _View:
             left = left[bounds[left] > top]
         return None if winner < 0 else self._explain(winner, sums, logs)
 
-    def expectation(self) -> Expectation:
-        """Of every candidate."""
+    def expectation(self, wanted: Indices) -> Expectation:
+        """Of candidates."""
         search, given = self._search, self._search._given
-        found = np.empty((5, len(self._taken)))
-        for start in range(0, len(self._taken), _CHUNK):
-            rows = slice(start, start + _CHUNK)
+        found = np.empty((5, len(wanted)))
+        for start in range(0, len(wanted), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            rows = wanted[chunk]
             correlation = search._correlation(rows, self._at)
             sums = correlation @ self._weights
             means, deviations = self._time.at(rows, correlation, self._of_time, sums[:, 0], bound=False)
             sizes, spreads = self._memory.at(rows, correlation, self._of_size, sums[:, 1], bound=False)
-            found[0, rows] = np.exp(search._log_throughput[rows] + means)
-            found[1, rows] = np.hypot(deviations, self._time.belief.multiples[3] * NOISE_DEVIATION)
-            found[2, rows] = given.peak_bytes[rows] * np.exp(sizes)
-            found[3, rows] = spreads
-            found[4, rows] = ndtr((search._log_room[rows] - sizes) / spreads)
+            found[0, chunk] = np.exp(search._log_throughput[rows] + means)
+            found[1, chunk] = np.hypot(deviations, self._time.belief.multiples[3] * NOISE_DEVIATION)
+            found[2, chunk] = given.peak_bytes[rows] * np.exp(sizes)
+            found[3, chunk] = spreads
+            found[4, chunk] = ndtr((search._log_room[rows] - sizes) / spreads)
         return Expectation(*found)
 
     def _explain(self, candidate: int, sums: NDArray[np.float32], logs: Values) -> Proposal:
@@ -450,7 +452,7 @@ def step_unknowns(parts: Sequence[TimePart]) -> Values:
     """`Candidates.unknowns` of parts of a step: compute, network and launch, and each part by itself (K, 3 + K)."""
     common = np.zeros((len(parts), 3))
     for row, part in enumerate(parts):
-        group = 1 if part in _NETWORK else 2 if part is TimePart.LAUNCH else 0
+        group = 1 if part in NETWORK else 2 if part is TimePart.LAUNCH else 0
         common[row, group] = PRIOR_DEVIATIONS[group] * (part is not TimePart.BUBBLE)
     return np.hstack([common, PART_DEVIATION * np.eye(len(parts))])
 

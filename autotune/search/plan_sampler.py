@@ -3,8 +3,9 @@
 What was predicted is the prior, every outcome of the study corrects it (`autotune.search.expected_improvement`).
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -30,6 +31,19 @@ RESERVED_DEVIATION = 0.08
 """Of what is used as a measure of what is needed, where an allocator keeps what it could give back."""
 FAILED = UNSTABLE | {FailureKind.INVALID_CONFIG, FailureKind.HOST_OUT_OF_MEMORY, FailureKind.TIMEOUT}
 """Failures that make a config's neighbours suspect."""
+
+
+class Expected(NamedTuple):
+    """What a trial of one config is expected to show."""
+
+    throughput: float
+    """Tokens per second and GPU, median."""
+    throughput_low: float
+    """With `throughput_high` the interval that holds it with a probability of 80 %."""
+    throughput_high: float
+    peak_bytes: float
+    """Of the device, median."""
+    fit_probability: float
 
 
 class PlanSampler(BaseSampler):
@@ -62,18 +76,7 @@ class PlanSampler(BaseSampler):
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the best candidate; none where no candidate is left that may fit."""
-        observed = [
-            found for _, config, outcome in self._study.results if (found := self._lesson(config, outcome)) is not None
-        ]
-        # Where nothing says how fast candidates are, what was measured says it of all alike.
-        speeds = [one.throughput for one in observed if one.throughput is not None]
-        scale = 1.0 if self._timed or not speeds else float(np.exp(np.mean(np.log(speeds))))
-        observed = [
-            replace(
-                one, throughput=one.throughput and one.throughput / scale, at_most=one.at_most and one.at_most / scale
-            )
-            for one in observed
-        ]
+        observed, scale = self._lessons()
         pending = [at for config in self._study.unsettled if (at := self._place(config)) is not None]
         # Many small triangular systems: threads would wait for each other longer than they work.
         with self._libraries.limit(limits=1, user_api="blas"):
@@ -89,6 +92,35 @@ class PlanSampler(BaseSampler):
         )
         values = self._space.values(self._space.candidates[int(self._left[proposal.candidate])])
         return {axis: values[axis] for axis in search_space}
+
+    def expected(self, configs: Iterable[TrialConfig]) -> dict[TrialConfig, Expected]:
+        """What the posterior expects of those configs that are worth a launch, whether they were launched or not."""
+        places = {config: place for config in configs if (place := self._place(config)) is not None}
+        observed, scale = self._lessons()
+        with self._libraries.limit(limits=1, user_api="blas"):
+            found = self._search.expect(observed, np.array(list(places.values()), np.int64))
+        low, high = found.throughput_between()
+        columns = (found.throughput * scale, low * scale, high * scale, found.peak_bytes, found.fit_probability)
+        return {config: Expected(*row) for config, *row in zip(places, *(c.tolist() for c in columns), strict=True)}
+
+    def _lessons(self) -> tuple[list[Observed], float]:
+        """What the study's trials teach, and what their throughputs were divided by.
+
+        Where nothing says how fast candidates are, what was measured says it of all alike.
+        """
+        lessons = (self._lesson(config, outcome) for _, config, outcome in self._study.results)
+        observed = [one for one in lessons if one is not None]
+        speeds = [one.throughput for one in observed if one.throughput is not None]
+        if self._timed or not speeds:
+            return observed, 1.0
+        scale = float(np.exp(np.mean(np.log(speeds))))
+        scaled = (
+            replace(
+                one, throughput=one.throughput and one.throughput / scale, at_most=one.at_most and one.at_most / scale
+            )
+            for one in observed
+        )
+        return list(scaled), scale
 
     def _lesson(self, config: TrialConfig, outcome: Outcome) -> Observed | None:
         """What a trial's outcome, which stands, teaches; found out once."""

@@ -10,6 +10,7 @@ from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Outcome
 from autotune.spec.prediction import Prediction
+from autotune.spec.sensitivity import Sensitivity
 
 
 class AttemptState(StrEnum):
@@ -107,3 +108,5 @@ class StudyRecord:
     """1, 2, … counts the edits of the file."""
     identity: str
     """Digest of what a study must keep to stay the same study; the store compares nothing, it only keeps it."""
+    sensitivity: Sensitivity | None = None
+    """Of the winner, as `tune` last found it; None before."""

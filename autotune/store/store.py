@@ -23,6 +23,7 @@ from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, outcome_from_dict
 from autotune.spec.prediction import Prediction
 from autotune.spec.record import AttemptRecord, AttemptState, SpaceRecord, StudyRecord, TrialRecord, Turn
+from autotune.spec.sensitivity import Sensitivity
 from autotune.store.connect import WRITES, connect, mask_url, parse_url, reported, sqlite_path
 from autotune.store.lease import EXPIRES_AFTER, Driver
 from autotune.store.migrate import is_current, schema_revision, upgrade_schema
@@ -133,6 +134,12 @@ class SqlStore:
             version = _space_version(session, study_id) + 1
             session.add(_space_row(study_id, version, space))
             return version
+
+    def keep_sensitivity(self, name: str, sensitivity: Sensitivity) -> None:
+        """Keep what was found about a study's winner, in place of what was found before."""
+        with self._writing() as session:
+            study_id = self._study_id(session, name, lock=True)
+            session.execute(update(Study).where(Study.id == study_id).values(sensitivity=sensitivity.to_dict()))
 
     def trials(self, study: str) -> list[TrialRecord]:
         """Every trial of a study with its attempts, by number. One query, however many there are."""
@@ -373,6 +380,7 @@ def _study_record(session: Session, row: Study) -> StudyRecord:
         ),
         space_version=space.version,
         identity=row.identity,
+        sensitivity=None if row.sensitivity is None else Sensitivity.from_dict(row.sensitivity),
     )
 
 

@@ -78,6 +78,8 @@ class Study(Base):
     name: Mapped[str] = mapped_column(Text, unique=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     identity: Mapped[str] = mapped_column(Text)
+    sensitivity: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """Of the winner, as `tune` last found it: it needs predictions, which reading verbs do not make."""
 
 
 class Space(Base):

@@ -88,6 +88,7 @@ def test_the_exit_code_says_why_nothing_was_found_and_the_panel_what_would_fit(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_for_real(tmp_path: Path) -> None:
     space = hardly_too_big(tmp_path / "space.yaml")
     command = [sys.executable, "-m", "autotune", "tune", str(space), "--store", f"sqlite:///{tmp_path}/a.db"]

@@ -29,13 +29,13 @@ def test_the_steps_end_where_the_tables_are(store_url: str) -> None:
 def test_opening_again_changes_nothing(store_url: str) -> None:
     for create in (True, False, True):
         with open_store(store_url, create=create) as store, store._engine.connect() as connection:
-            assert schema_revision(connection) == "0004"
+            assert schema_revision(connection) == "0005"
 
 
 def test_a_newer_schema_is_refused(store_url: str) -> None:
     with open_store(store_url, create=True) as store, store._engine.begin() as connection:
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
-    with pytest.raises(StoreError, match=r"its schema 9999 is newer than this Autotune knows \(0004\)") as caught:
+    with pytest.raises(StoreError, match=r"its schema 9999 is newer than this Autotune knows \(0005\)") as caught:
         open_store(store_url, create=True)
     assert "\n" not in str(caught.value)
 
