@@ -254,6 +254,7 @@ def _mpt_times(rows: Sequence[Row]) -> StepTimes:
         stages_of_rank=np.ones(same, np.int64),
         idle=np.ones(same),
         chunked=np.zeros(same, bool),
+        real=np.ones(same),
     )
     shape = gpt_shape(*_MPT_SIZES[rows[0]["model"]], _MPT_VOCABULARY)
     return predict_trials(shape, trials, cluster_of(rows[0]), _MPT_KERNELS)

@@ -104,7 +104,7 @@ def run_steps(request: TrialRequest) -> float:
     import torch
     import torch.distributed as dist
 
-    from autotune.engines.batches import micro_batch
+    from autotune.engines.batches import MicroBatch, inputs
     from autotune.engines.engine import build_engine
     from autotune.spec.outcome import Phase
     from autotune.trial.device_memory import device_memory
@@ -113,8 +113,8 @@ def run_steps(request: TrialRequest) -> float:
     device = torch.device("cpu")
     accumulation = request.workload.gradient_accumulation_steps(request.config)
 
-    def batch(step: int, micro_step: int) -> torch.Tensor:
-        return micro_batch(
+    def batch(step: int, micro_step: int) -> MicroBatch:
+        return inputs(
             request.config,
             request.workload,
             request.model.vocab_size,

@@ -18,7 +18,12 @@ PLAIN = ROOT / "tests" / "trial" / "plain_script.py"
 def tune(space: Path, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "autotune", "tune", str(space), "--store", f"sqlite:///{folder}/a.db"]
     ran = subprocess.run(
-        [*command, "--out", str(folder), "--json"], capture_output=True, text=True, timeout=900, cwd=folder, check=False
+        [*command, "--out", str(folder), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=1700,
+        cwd=folder,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     document: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
@@ -72,7 +77,7 @@ def test_a_plain_script_is_tuned_and_started(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_shipped_example_and_the_command_of_its_winner(tmp_path: Path) -> None:
     found = tune(EXAMPLE, tmp_path)
     assert found["trials"]["out_of_memory"] >= 1
@@ -81,11 +86,11 @@ def test_the_shipped_example_and_the_command_of_its_winner(tmp_path: Path) -> No
     assert found["confirmation"]["winner"] == found["best"]["trial"]
     for rank in found["best"]["measurement"]["ranks"]:
         # Padding does not count: sequences are shorter than they may be.
-        assert 0 < max(rank["long_run"]["step_tokens"]) < 64 * 128 / 2
+        assert 0 < max(rank["long_run"]["step_tokens"]) < 32 * 128 / 2
     config, artifacts = found["best"]["config"], found["artifacts"]
     assert set(artifacts) == {"best.yaml", "training_args.yaml", "launch.sh", "provenance.json", "README.md"}
     assert yaml.safe_load(Path(artifacts["training_args.yaml"]).read_text())["gradient_accumulation_steps"] == (
-        64 // 2 // config["micro_batch_size"]
+        32 // 2 // config["micro_batch_size"]
     )
     # The same command, from the example's folder, trains: here on few conversations.
     ran = subprocess.run(
@@ -94,7 +99,7 @@ def test_the_shipped_example_and_the_command_of_its_winner(tmp_path: Path) -> No
         env=environment(OUTPUT=str(tmp_path / "trained")),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr

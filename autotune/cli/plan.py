@@ -35,6 +35,11 @@ def plan(
 
     with Tracing(Console(stderr=True)) as on_traced:
         if explain is not None:
+            if space.file.script is not None and space.file.script.predict_as is None:
+                raise UsageError(
+                    f"--explain: {space.where} runs a script, of which nothing is predicted; say"
+                    " script.predict_as: engine to take it to do what Autotune's engine does"
+                )
             from autotune.predict.levers import explain as explained
 
             config = _config(space, explain)

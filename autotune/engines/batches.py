@@ -4,10 +4,14 @@ Sequence i of optimizer step s depends on (seed, s, i) alone. Two configs of one
 layout can be held against a single process: losses and gradient norms must agree (`tests/engines/test_parity.py`).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
 import numpy as np
 import torch
 
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import Batching, TrialConfig
 from autotune.spec.workload import Workload
 
 
@@ -57,3 +61,95 @@ def micro_batch(
     return torch.from_numpy(
         np.stack([sequence(workload.seed, step, index, config.sequence_length, vocab_size) for index in indexes])
     )
+
+
+PADDING_LABEL = -100
+"""Of a position that has no loss; torch's `cross_entropy` leaves it out."""
+
+LENGTH_STREAM = 0x6C656E
+"""Keeps the draws of lengths apart from those of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward pass is given."""
+
+    input_ids: torch.Tensor
+    """(rows, tokens of a row) int64."""
+    tokens: int
+    """Padding left out."""
+    more: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The model's further inputs, by its own names; empty where all sequences have one length."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        more = {name: tensor.to(device) for name, tensor in self.more.items()}
+        return type(self)(self.input_ids.to(device), self.tokens, more)
+
+
+def collated(sequences: Sequence[torch.Tensor], batching: Batching, sequence_length: int) -> MicroBatch:
+    """Sequences of different lengths as the collators of the Hugging Face stack make a micro-batch of them.
+
+    Padding is on the right, has the label -100 and a mask, as `DataCollatorForSeq2Seq` makes it. Packed sequences lie
+    in one row; positions start anew with each, by which transformers keeps attention within it, and its first token is
+    no label of the one before, as `DataCollatorWithFlattening` makes it.
+
+    Args:
+        sequences: token ids (tokens,) of each.
+        batching: not `fixed`.
+        sequence_length: what `padded` pads to.
+    """
+    lengths = [len(found) for found in sequences]
+    if batching == "packed":
+        row = torch.cat(list(sequences))
+        labels = row.clone()
+        labels[[sum(lengths[:i]) for i in range(len(lengths))]] = PADDING_LABEL
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        more = {"labels": labels[None], "position_ids": positions[None]}
+        return MicroBatch(row[None], sum(lengths), more)
+    width = sequence_length if batching == "padded" else max(lengths)
+    mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
+    ids = torch.stack([torch.nn.functional.pad(found, (0, width - len(found))) for found in sequences])
+    more = {"labels": ids.masked_fill(mask == 0, PADDING_LABEL), "attention_mask": mask}
+    return MicroBatch(ids, sum(lengths), more)
+
+
+def inputs(
+    config: TrialConfig,
+    workload: Workload,
+    vocab_size: int,
+    *,
+    step: int,
+    micro_step: int,
+    rank: int,
+    longest: bool = False,
+) -> MicroBatch:
+    """One rank's micro-batch, on the host, as the config batches it.
+
+    Args:
+        config: the trial's.
+        workload: with the lengths of sequences.
+        vocab_size: of the model.
+        step: optimizer step.
+        micro_step: within it.
+        rank: of the gang.
+        longest: every sequence is as long as the longest; where lengths do not differ all are.
+
+    Raises:
+        ValueError: `micro_step` lies outside the optimizer step.
+    """
+    if config.batching == "fixed":
+        ids = micro_batch(config, workload, vocab_size, step=step, micro_step=micro_step, rank=rank)
+        return MicroBatch(ids, ids.numel())
+    sequences = []
+    for index in sequence_indexes(config, workload, micro_step=micro_step, rank=rank):
+        length = workload.longest(config) if longest else sequence_length(config, workload, step=step, index=index)
+        sequences.append(torch.from_numpy(sequence(workload.seed, step, index, length, vocab_size)))
+    return collated(sequences, config.batching, config.sequence_length)
+
+
+def sequence_length(config: TrialConfig, workload: Workload, *, step: int, index: int) -> int:
+    """Tokens of a sequence of an optimizer step, drawn from the workload's lengths; the same in every split."""
+    seed = np.random.SeedSequence((workload.seed, step, index, LENGTH_STREAM))
+    generator = np.random.Generator(np.random.Philox(seed))
+    return min(workload.lengths[int(generator.integers(len(workload.lengths)))], config.sequence_length)

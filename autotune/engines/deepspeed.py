@@ -67,10 +67,10 @@ class DeepSpeedEngine:
         self._norm_is_ours = config.zero_stage == 0 and config.precision == "fp32"
         self._norm: float | torch.Tensor = float("nan")
 
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
         """See `Engine.forward`."""
         self._engine.set_gradient_accumulation_boundary(boundary)
-        loss: torch.Tensor = self._engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        loss: torch.Tensor = self._engine(**{"input_ids": input_ids, "labels": input_ids, **more}, use_cache=False).loss
         return loss
 
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
@@ -92,10 +92,10 @@ class DeepSpeedEngine:
         return float(self._norm)
 
     @torch.no_grad()
-    def evaluate(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def evaluate(self, input_ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """See `Engine.evaluate`."""
         self._engine.eval()
-        loss: torch.Tensor = self._engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        loss: torch.Tensor = self._engine(**{"input_ids": input_ids, "labels": input_ids, **more}, use_cache=False).loss
         self._engine.train()
         return loss
 

@@ -20,8 +20,10 @@ class Engine(Protocol):
     that refuses, reach the caller as they are.
     """
 
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
-        """The unscaled mean loss (scalar) of `input_ids` (micro-batch, sequence), labels being the inputs."""
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
+        """The unscaled mean loss (scalar) of `input_ids` (micro-batch, sequence), labels being the inputs unless they
+        are among `more`, the model's further inputs (`autotune.engines.batches.MicroBatch`).
+        """
         ...
 
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
@@ -36,8 +38,8 @@ class Engine(Protocol):
         """Global gradient norm of the last `update`, before clipping."""
         ...
 
-    def evaluate(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The mean loss (scalar) of `input_ids` (batch, sequence) without gradients, dropout or checkpointing."""
+    def evaluate(self, input_ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        """The mean loss (scalar) of inputs like those of `forward`, without gradients, dropout or checkpointing."""
         ...
 
     def save(self, folder: Path) -> None:

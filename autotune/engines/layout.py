@@ -80,8 +80,11 @@ class LayoutEngine(PyTorchEngine):
             process_group=mesh.replicas.get_group(),
         )
 
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
-        """See `Engine.forward`. With sequence parallelism the loss is of this rank's piece, and their mean is meant."""
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
+        """See `Engine.forward`. With sequence parallelism the loss is of this rank's piece, and their mean is meant.
+
+        There is nothing more: sequences have one length.
+        """
         with self._synchronised(boundary), self._shared_logits():
             loss: torch.Tensor = self._model(self._piece(input_ids), self._piece(shifted_labels(input_ids)))
         return loss.squeeze(0)

@@ -67,12 +67,13 @@ class PipelineEngine(LayoutEngine):
             self._schedule = schedule([*pipelined], batches, loss_fn=self._share, scale_grads=False)
         return torch.nn.ModuleList(modules)
 
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
         """See `Engine.forward`. The backward passes of all micro-batches are done on return.
 
         Args:
             input_ids: all micro-batches of the optimizer step, one after another.
             boundary: True; a pipeline is not left half full.
+            more: nothing; sequences have one length.
 
         Returns:
             The mean loss, which every stage is told.
@@ -80,7 +81,7 @@ class PipelineEngine(LayoutEngine):
         assert boundary
         return self._step(input_ids, self._schedule.step)
 
-    def _forward_only(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _forward_only(self, input_ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         return self._step(input_ids, self._schedule.eval)
 
     def _step(self, input_ids: torch.Tensor, run: Callable[..., Any]) -> torch.Tensor:

@@ -95,12 +95,13 @@ class PyTorchEngine:
             find_unused_parameters=config.activation_checkpointing == "none",
         )
 
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
         """See `Engine.forward`."""
         with self._synchronised(boundary):
             # The model shifts the labels itself. No mask: that of full sequences of one length is all ones, for which
             # transformers makes none.
-            loss: torch.Tensor = self._model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            inputs = {"input_ids": input_ids, "labels": input_ids, **more}
+            loss: torch.Tensor = self._model(**inputs, use_cache=False).loss
         return loss
 
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
@@ -132,15 +133,15 @@ class PyTorchEngine:
         return 0, dist.get_rank() == 0
 
     @torch.no_grad()
-    def evaluate(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def evaluate(self, input_ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """See `Engine.evaluate`."""
         self._model.eval()
-        loss = self._forward_only(input_ids)
+        loss = self._forward_only(input_ids, **more)
         self._model.train()
         return loss
 
-    def _forward_only(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.forward(input_ids, boundary=True)
+    def _forward_only(self, input_ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        return self.forward(input_ids, boundary=True, **more)
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`. Each rank its shards, as accelerate saves FSDP2 by default; under DDP rank 0 all."""

@@ -25,13 +25,15 @@ _NAMES = {"hf_trainer": "transformers' Trainer", "accelerate": "accelerate"}
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
-READ_BY_TARGETS = ("engine", "loss", "activation_checkpointing", "data_parallel_replicate_size")
+READ_BY_TARGETS = ("engine", "loss", "batching", "activation_checkpointing", "data_parallel_replicate_size")
 """Fields of a config that `cannot_express` reads, besides the degrees of parallelism."""
 
 
 def cannot_express(target: Target, config: TrialConfig, device: Device) -> str | None:
     """Why `target` cannot run `config` as it was measured, or None when it can."""
     if target == "autotune":
+        if config.batching != "fixed":
+            return f"train.py cuts text into sequences of one length, which is not batching {config.batching}"
         return None if config.engine == "pytorch" else "train.py runs engine pytorch alone"
     if target == "deepspeed":
         return None if config.engine == "deepspeed" else f"DeepSpeed does not run engine {config.engine}"
@@ -94,7 +96,7 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
         load += f" and `dtype=torch.{_TORCH_DTYPES[config.precision]}`"
     elif config.engine == "pytorch":  # DeepSpeed casts weights and keeps fp32 masters, whatever it is given
         load += " and `dtype=torch.float32`"
-    todo = [f"trains on sequences of {config.sequence_length} tokens", load]
+    todo = [_sequences(config), load]
     if config.method != "full":
         todo += _adapters(config)
     if target == "hf_trainer":
@@ -119,3 +121,15 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
                 f" and `accelerator.clip_grad_norm_(…, {workload.max_gradient_norm:g})`"
             )
     return todo
+
+
+def _sequences(config: TrialConfig) -> str:
+    """What a script's collator does under each batching, by the names of transformers' and TRL's."""
+    length = config.sequence_length
+    cut = f"cuts sequences at {length} tokens and"
+    return {
+        "fixed": f"trains on sequences of {length} tokens",
+        "padded": f'{cut} pads all to that: `DataCollatorForSeq2Seq(…, padding="max_length", max_length={length})`',
+        "dynamic_padding": f"{cut} pads each batch to its longest: `DataCollatorForSeq2Seq(…)`, TRL's default",
+        "packed": f"{cut} concatenates those of a batch: `DataCollatorWithFlattening()`, or TRL's `padding_free=True`",
+    }[config.batching]

@@ -32,8 +32,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import autotune.modeling.build
 from autotune.engines.engine import Engine, build_engine
 from autotune.predict.fake_mode import CPU, FakeData
+from autotune.spec.config import Batching
 from autotune.spec.outcome import Phase
 from autotune.spec.request import TrialRequest
+
+_MORE: dict[Batching, tuple[str, ...]] = {
+    "fixed": (),
+    "padded": ("labels", "attention_mask"),
+    "dynamic_padding": ("labels", "attention_mask"),
+    "packed": ("labels", "position_ids"),
+}
+"""Further inputs of the model, see `autotune.engines.batches.collated`; each is as large as the token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +63,15 @@ class FakeTrial:
         at_once = workload.gradient_accumulation_steps(config) // workload.micro_steps(config)
         for boundary in plan:
             input_ids = torch.empty(at_once * config.micro_batch_size, config.sequence_length, dtype=torch.int64)
+            more = {name: torch.empty_like(input_ids) for name in _MORE[config.batching]}
             on_phase(Phase.FORWARD)
-            loss = self.engine.forward(input_ids, boundary=boundary)
+            loss = self.engine.forward(input_ids, boundary=boundary, **more)
             on_phase(Phase.BACKWARD)
             self.engine.backward(loss, boundary=boundary)
             if boundary:
                 on_phase(Phase.OPTIMIZER)
                 self.engine.update()
-            del loss, input_ids
+            del loss, input_ids, more
 
 
 @contextmanager
@@ -96,13 +106,22 @@ def fake_trial(request: TrialRequest, observer: TorchDispatchMode, rank: int = 0
         yield FakeTrial(build_engine(request, CPU), request)
 
 
+def _packed_sequences(position_ids: torch.Tensor) -> torch.Tensor:
+    """As transformers finds them, without a look at whether there are any."""
+    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+    return (steps != 1).cumsum(-1)
+
+
 def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
     """(owner, name, substitute) of the functions that cannot work without data."""
     # Weights have no values.
     yield autotune.modeling.build, "write_initial_weights", lambda *args: None
-    # Batches hold one sequence a row, so position ids find nothing packed. transformers does not look where it believes
-    # to be traced, and then makes a mask that no training step has.
-    yield transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None
+    # Whether a row has several sequences, and whether any is padded, is looked up in the values. transformers does not
+    # look where it believes to be traced, and then makes a mask that no step on sequences of one length has.
+    find = _packed_sequences if request.config.batching == "packed" else lambda position_ids: None
+    yield transformers.masking_utils, "find_packed_sequence_indices", find
+    if request.config.batching in ("padded", "dynamic_padding"):
+        yield transformers.masking_utils, "_ignore_causal_mask_sdpa", lambda *args, **kwargs: False
     if request.config.engine == "pytorch":
         # Tables of ranks are read, so they are real: those that FSDP2 makes of two meshes as well.
         yield DeviceMesh, "__init__", _on_real_tensors(DeviceMesh.__init__)

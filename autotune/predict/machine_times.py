@@ -9,6 +9,7 @@ Left out: Python that dispatches nothing (hooks of DeepSpeed and FSDP2 between o
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,8 @@ class Kinds:
         parts = {part: np.zeros(count) for part in PARTS}
         for kind, (example, name) in enumerate(zip(self._examples, self._names, strict=True)):
             those = self._of == kind
-            for part, seconds in _parts(space, example, name, rates, batches[those], steps[those]).items():
+            rows = _rows(space, example, batches[those])
+            for part, seconds in _parts(space, example, name, rates, rows, steps[those]).items():
                 parts[part][those] = seconds
         return _step_times(space, parts, batches * steps)
 
@@ -83,7 +85,8 @@ class Kinds:
         if config is None or self._baseline is None:
             return None
         batch, steps = config.micro_batch_size, self._space.workload.gradient_accumulation_steps(config)
-        parts = _parts(self._space, config, self._baseline, rates, np.array([batch]), np.array([steps]))
+        rows = _rows(self._space, config, np.array([batch]))
+        parts = _parts(self._space, config, self._baseline, rates, rows, np.array([steps]))
         return _step_times(self._space, parts, np.array([batch * steps]))
 
 
@@ -92,23 +95,30 @@ def _parts(
     config: TrialConfig,
     name: str,
     rates: RatesOf,
-    batches: NDArray[np.int64],
+    rows: NDArray[np.float64],
     steps: NDArray[np.int64],
 ) -> Parts:
     if config.gpus > space.cluster.gpus_per_node:
         raise UnknownHardwareError("how fast the network between nodes without GPUs is is not known")
-    return step_parts(operators(name), rates(config.gpus), batches, steps)
+    return step_parts(operators(name), rates(config.gpus), rows, steps)
+
+
+def _rows(space: Space, example: TrialConfig, batches: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Rows of the counted length that have as many tokens, padding included, as an average micro-batch of each size."""
+    sizes, which = np.unique(batches, return_inverse=True)
+    shapes = [space.workload.expected_shape(replace(example, micro_batch_size=int(size))) for size in sizes]
+    return np.array([rows * length / example.sequence_length for rows, length in shapes])[which]
 
 
 def _step_times(space: Space, parts: Parts, sequences: NDArray[np.int64]) -> StepTimes:
-    length = space.file.workload.sequence_length
+    length = space.workload.mean_length(space.candidates[0])
     count = len(sequences)
-    flops = np.full(count, float(space.model.flops_per_token(length)))
+    flops = np.full(count, float(space.model.flops_per_token(space.file.workload.sequence_length)))
     return StepTimes(parts, (sequences * length).astype(float), flops, np.full(count, np.nan))
 
 
 def step_parts(
-    operators: Operators, rates: MachineRates, micro_batch: NDArray[np.int64], accumulation: NDArray[np.int64]
+    operators: Operators, rates: MachineRates, micro_batch: NDArray[np.float64], accumulation: NDArray[np.int64]
 ) -> Parts:
     """Seconds of a step's parts.
 
@@ -132,7 +142,7 @@ def step_parts(
     return parts
 
 
-def _one(row: Row, rates: MachineRates, micro_batch: NDArray[np.int64]) -> NDArray[np.float64] | float:
+def _one(row: Row, rates: MachineRates, micro_batch: NDArray[np.float64]) -> NDArray[np.float64] | float:
     if row.work is Work.CALL:
         return rates.call_seconds
     if row.work is Work.SHARDED_CALL:

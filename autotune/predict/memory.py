@@ -63,10 +63,11 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
         UsageError: the engine refuses the config.
     """
     steps = workload.gradient_accumulation_steps(config)
-    batch, length = np.array([config.micro_batch_size]), np.array([config.sequence_length])
+    rows, tokens = workload.largest_shape(config)
+    batch, length = np.array([rows]), np.array([tokens])
     streams = rank_streams(model, config, accumulates=steps > 1, batches=steps)
     fullest = max(streams, key=lambda stream: float(stream.peak_bytes(batch, length, cluster.device)[0]))
-    parts = fullest.breakdown(config.micro_batch_size, config.sequence_length, cluster.device)
+    parts = fullest.breakdown(rows, tokens, cluster.device)
     if cluster.device == "cpu":
         peak = sum(parts.values())
         return MemoryPrediction(
@@ -152,6 +153,11 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     fields["precision"] = "bf16" if config.precision == "fp16" else config.precision
     # Both attend by a flash kernel, which saves its output and a logarithm for each position.
     fields["attention"] = "sdpa" if config.attention == "flash_attention_2" else config.attention
+    # A flash kernel is told where sequences begin, and has no mask.
+    if config.attention == "flash_attention_2":
+        fields.pop("batching", None)
+    elif config.batching == "dynamic_padding":
+        fields["batching"] = "padded"
     return json.dumps(
         {
             "model": {"name": model.name, "config": _with_window(model.config, config)},

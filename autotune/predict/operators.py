@@ -67,7 +67,7 @@ class Row:
     count: float
     """Of models that are counted at two depths it can be negative: a buffer of the whole model is three rows then."""
 
-    def size(self, micro_batch: NDArray[np.int64]) -> NDArray[np.float64]:
+    def size(self, micro_batch: NDArray[Any]) -> NDArray[np.float64]:
         """FLOPs or bytes of one of them, at each micro-batch size."""
         return np.asarray(np.maximum(self.fixed + self.per_sequence * micro_batch, 0.0))
 

@@ -175,9 +175,11 @@ def _unpredicted(space: Space) -> Plan:
 
 
 def _uncounted_layouts(space: Space) -> str | None:
-    """Why operators cannot be counted where some candidate's model or loss is split; None where none is."""
+    """Why operators cannot be counted where some candidate's model, loss or rows are no whole ones; None: all are."""
     if any(space.used(axis) != (plain,) for axis, plain in UNSPLIT.items()):
         return "steps of split models are predicted on GPUs alone"
+    if "packed" in space.used("batching"):
+        return "steps of packed batches are predicted on GPUs alone"
     return None
 
 
@@ -361,11 +363,12 @@ def _peak_bytes(
     space: Space, example: TrialConfig, names: tuple[str, ...], batches: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Device bytes at each batch size (batches,), of the fullest rank."""
-    length = np.full(len(batches), example.sequence_length)
+    shapes = [space.workload.largest_shape(replace(example, micro_batch_size=int(batch))) for batch in batches]
+    rows, length = np.array(shapes).T
     device = space.cluster.device
     streams = [stream(name) for name in names]
-    live = np.stack([ranks.peak_bytes(batches, length, device) for ranks in streams])
-    kept = np.stack([fragmentation_bytes(ranks, batches, length, device) for ranks in streams])
+    live = np.stack([ranks.peak_bytes(rows, length, device) for ranks in streams])
+    kept = np.stack([fragmentation_bytes(ranks, rows, length, device) for ranks in streams])
     fullest = live.argmax(axis=0), np.arange(len(batches))
     peaks: NDArray[np.float64] = live[fullest] + kept[fullest] + context_bytes(example, space.cluster)
     return peaks

@@ -94,7 +94,7 @@ def predict_trials(
             parts[part][chosen] = seconds
         peak[chosen] = peak_flops(cluster.gpu, precision)
     sharing = trials.tensor * trials.sequence * trials.stages
-    tokens = trials.micro_batch * trials.length * trials.accumulation / sharing
+    tokens = trials.real * trials.micro_batch * trials.length * trials.accumulation / sharing
     return StepTimes(parts, tokens, flops_per_token(shape, trials.length), peak)
 
 

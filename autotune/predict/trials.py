@@ -15,6 +15,8 @@ from autotune.space.space import Space
 from autotune.spec.config import STAGES_PER_RANK, PipelineSchedule, TrialConfig
 from autotune.spec.workload import Workload
 
+BATCHED = ("batching", "micro_batch_size", "attention")
+"""The axes that decide on what a micro-batch computes."""
 SHARED = ("tensor", "sequence", "pipeline")
 IDLE: dict[PipelineSchedule, float] = {"1f1b": 1.0, "interleaved_1f1b": 1 / 2, "zero_bubble": 1 / 6}
 """What a schedule idles, in bubbles of 1F1B."""
@@ -52,6 +54,8 @@ class Trials:
     """The loss."""
     groups: Counts
     """Of replicas that FSDP2 shards within."""
+    real: Values
+    """Share of the tokens, 0..1, that are no padding."""
 
     @classmethod
     def of(cls, configs: Sequence[TrialConfig], workload: Workload, shape: DecoderShape) -> Self:
@@ -68,6 +72,7 @@ class Trials:
             return float(config.activation_checkpointing == "full")
 
         overlap = "zero_optimization.overlap_comm"
+        rows, length, real = batches(workload, configs)
         return cls(
             engine=np.array([config.engine for config in configs]),
             precision=np.array([config.precision for config in configs]),
@@ -75,9 +80,9 @@ class Trials:
             offload=np.array([config.offload for config in configs]),
             gpus=counts([config.gpus for config in configs]),
             zero_stage=counts([config.zero_stage for config in configs]),
-            micro_batch=counts([config.micro_batch_size for config in configs]),
+            micro_batch=rows,
             accumulation=counts([workload.gradient_accumulation_steps(config) for config in configs]),
-            length=counts([config.sequence_length for config in configs]),
+            length=length,
             recomputed=np.array([recomputed(config) for config in configs], float),
             keeps_products=np.array([config.activation_checkpointing == "selective_ops" for config in configs], bool),
             overlaps=np.array(
@@ -90,6 +95,7 @@ class Trials:
             idle=np.array([IDLE[config.pipeline_schedule or "1f1b"] for config in configs]),
             chunked=np.array([config.loss == "chunked" for config in configs], bool),
             groups=counts([config.data_parallel_replicate_size for config in configs]),
+            real=real,
         )
 
     @classmethod
@@ -114,6 +120,9 @@ class Trials:
         overlaps = zero_stage == 3
         if overlap in axes:
             overlaps = np.where(columns[overlap][firsts] >= 0, values(overlap).astype(bool), overlaps)
+        _, examples, alike = np.unique(columns.kinds(BATCHED)[firsts], return_index=True, return_inverse=True)
+        found = batches(space.workload, [space.candidates[int(at)] for at in firsts[examples]])
+        rows, length, real = (column[alike] for column in found)
         trials = cls(
             engine=values("engine"),
             precision=values("precision"),
@@ -121,9 +130,9 @@ class Trials:
             offload=values("offload"),
             gpus=gpus,
             zero_stage=zero_stage,
-            micro_batch=batch,
+            micro_batch=rows,
             accumulation=space.workload.global_batch_size // (batch * (gpus // (tensor * sequence * stages))),
-            length=np.full(len(gpus), space.file.workload.sequence_length, np.int64),
+            length=length,
             recomputed=np.where(checkpointing == "full", 1.0, selected),
             keeps_products=checkpointing == "selective_ops",
             overlaps=overlaps,
@@ -134,8 +143,27 @@ class Trials:
             idle=np.array([IDLE[name] for name in schedules.tolist()]),
             chunked=values("loss") == "chunked",
             groups=values("data_parallel_replicate_size").astype(np.int64),
+            real=real,
         )
         return trials, kinds
 
     def __getitem__(self, chosen: NDArray[np.bool_]) -> "Trials":
         return Trials(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+def computed_shape(config: TrialConfig, workload: Workload) -> tuple[int, int]:
+    """(rows, tokens of a row) that an average micro-batch computes on, padding included.
+
+    A flash kernel attends within each packed sequence, as if it had a row of its own, each of the mean length: that
+    their squares are longer on average is left out. Other kernels attend along the whole row.
+    """
+    if config.batching == "packed" and config.attention == "flash_attention_2":
+        return config.micro_batch_size, round(workload.mean_length(config))
+    return workload.expected_shape(config)
+
+
+def batches(workload: Workload, configs: Sequence[TrialConfig]) -> tuple[Counts, Counts, Values]:
+    """Rows, tokens of a row, and the share of these that is no padding, of the average micro-batch of each config."""
+    rows, length = np.array([computed_shape(config, workload) for config in configs], np.int64).T
+    real = [config.micro_batch_size * workload.mean_length(config) for config in configs]
+    return rows, length, np.array(real) / (rows * length)

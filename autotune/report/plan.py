@@ -37,7 +37,9 @@ class Fit(NamedTuple):
 def plan_view(plan: Plan) -> RenderableType:
     """What fits, what does not and why, and the candidates that need least."""
     space = plan.space
-    parts: list[RenderableType] = [headline(space), Text(), *_verdict(plan), Text(), _matrix(plan)]
+    parts: list[RenderableType] = [headline(space), Text(), *_verdict(plan)]
+    if plan.knows_memory:
+        parts += [Text(), _matrix(plan)]
     reasons = list(_reasons(plan))
     if reasons:
         parts += [Text(), Text("What does not fit at any micro-batch, at its smallest:", "bold"), *reasons]
@@ -51,7 +53,7 @@ def plan_view(plan: Plan) -> RenderableType:
             _table(plan, fastest),
             Text(UNCALIBRATED, "dim"),
         ]
-    elif plan.untimed:
+    elif plan.untimed and plan.knows_memory:
         parts += [Text(), Text(f"How fast candidates are is not predicted: {plan.untimed}.", "dim")]
     return Group(*parts)
 
@@ -140,12 +142,13 @@ def _verdict(plan: Plan) -> Iterator[Text]:
     space = plan.space
     fit, out = int(plan.fits.sum()), int(plan.too_big.sum())
     total = len(space.candidates)
-    yield Text.assemble(
-        (f"{fit} of {total} candidates fit", "green" if fit else "yellow"),
-        f" in {format_bytes(plan.space.usable_bytes)}, which is {format_bytes(space.cluster.memory_bytes)} less"
-        f" {space.file.memory_headroom:.0%} headroom; {out} do not",
-        f", {int(plan.surely_too_big.sum())} of them surely: `tune` launches none of those" if out else "",
-    )
+    if plan.knows_memory:
+        yield Text.assemble(
+            (f"{fit} of {total} candidates fit", "green" if fit else "yellow"),
+            f" in {format_bytes(plan.space.usable_bytes)}, which is {format_bytes(space.cluster.memory_bytes)} less"
+            f" {space.file.memory_headroom:.0%} headroom; {out} do not",
+            f", {int(plan.surely_too_big.sum())} of them surely: `tune` launches none of those" if out else "",
+        )
     for reason, count in plan.unpredicted.most_common():
         yield Text(f"{count} cannot be predicted, and are searched without: {reason}", "yellow")
     if space.baseline is not None and plan.baseline is not None:

@@ -90,8 +90,10 @@ class TrainerCallback(_TrainerCallback):  # type: ignore[misc] # transformers is
 
 def _check_rows(session: Session, inputs: torch.Tensor) -> None:
     config = session.request.config
-    if inputs.shape[0] != config.micro_batch_size:
+    packed = config.batching == "packed"
+    if inputs.shape[0] != (1 if packed else config.micro_batch_size):
+        meant = "batching is packed" if packed else f"micro_batch_size is {config.micro_batch_size}"
         session.refuse(
-            f"the script's forward pass has {inputs.shape[0]} sequences, but the trial's micro_batch_size is"
-            f" {config.micro_batch_size}; pass it {{micro_batch_size}} or {{training_args}}"
+            f"the script's forward pass has {inputs.shape[0]} rows, but the trial's {meant};"
+            f" pass it {'{batching}' if packed else '{micro_batch_size} or {training_args}'}"
         )

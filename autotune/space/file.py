@@ -14,6 +14,7 @@ from autotune.formats.targets import TARGETS, Target
 from autotune.spec.config import (
     ActivationCheckpointing,
     Attention,
+    Batching,
     Engine,
     LoraTargets,
     Loss,
@@ -94,6 +95,25 @@ class ClusterFile(_Strict):
     memory_bytes: Annotated[int, BeforeValidator(parse_bytes)] | None = None
 
 
+class LengthsFile(_Strict):
+    """Lengths from a file beside this one: a number of tokens a line."""
+
+    file: Name
+
+
+class Lognormal(_Strict):
+    """A lognormal distribution."""
+
+    median: Annotated[Real, Field(ge=1, le=MAX_COUNT)]
+    sigma: Annotated[Real, Field(gt=0, le=10)]
+
+
+class LognormalFile(_Strict):
+    """Lengths from a distribution."""
+
+    lognormal: Lognormal
+
+
 class WorkloadFile(_Strict):
     """The work of one optimizer step."""
 
@@ -102,6 +122,8 @@ class WorkloadFile(_Strict):
     learning_rate: Annotated[Real, Field(gt=0)] = 1e-5
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     max_gradient_norm: Annotated[Real, Field(gt=0)] = 1.0
+    lengths: Literal["fixed"] | LengthsFile | LognormalFile = "fixed"
+    """Of the data's sequences; `fixed`: all have `sequence_length` tokens."""
 
 
 class ObjectiveFile(_Strict):
@@ -145,6 +167,8 @@ class SearchFile(_Strict):
     loss: Axis[Loss] = ["full_logits"]
     data_parallel_replicate_size: Axis[PositiveInt] = [1]
     numerics: NumericsFile = NumericsFile()
+    batching: Axis[Batching] | None = None
+    """By default `fixed` where lengths are, and `dynamic_padding` where they differ."""
     deepspeed: dict[Name, Axis[Number]] = {}
     script: dict[Name, Axis[Number]] = {}
     """Knobs of the user's own script, each a placeholder of its command."""
@@ -171,6 +195,7 @@ class BaselineFile(_Strict):
     method: Method | None = None
     lora_rank: PositiveInt | None = None
     lora_target_modules: LoraTargets | None = None
+    batching: Batching | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 
@@ -363,7 +388,7 @@ def _name(part: int | str) -> str:
 
 def _is_union_label(part: str) -> bool:
     """Pydantic puts the tried union member into the path; users know no such key."""
-    return "[" in part or part in {"ClusterFile", "bool", "int", "float", "str"}
+    return "[" in part or part in {"ClusterFile", "LengthsFile", "LognormalFile", "bool", "int", "float", "str"}
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -371,6 +396,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "cluster": ClusterFile,
     "workload": WorkloadFile,
     "objective": ObjectiveFile,
+    "workload.lengths": LengthsFile,
     "script": ScriptSection,
     "lora": LoraFile,
     "search": SearchFile,

@@ -2,6 +2,7 @@
 
 from autotune.formats.targets import READ_BY_TARGETS, Target, no_target
 from autotune.space.layouts import LAYOUT_RULES
+from autotune.space.lengths import LENGTH_RULES
 from autotune.space.methods import LORA_FIELDS, METHOD_RULES
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
@@ -143,4 +144,5 @@ RULES: tuple[Rule, ...] = (
     _fp16_on_cpu,
     _fp16_on_host,
     _flash_attention,
+    *LENGTH_RULES,
 )

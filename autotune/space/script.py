@@ -74,7 +74,7 @@ def script_rules(section: ScriptSection) -> tuple[Rule, ...]:
 
 
 def _expressed(name: str, target: Target) -> Rule:
-    @reads("engine", "precision", "zero_stage", "gpus", "offload", "loss", *DEGREES)
+    @reads("engine", "precision", "zero_stage", "gpus", "offload", "loss", "batching", *DEGREES)
     def told(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
         reason = cannot_express(target, config, cluster.device)
         return None if reason is None else f"{{{name}}} cannot say it: {reason}"

@@ -23,11 +23,12 @@ from autotune.space.candidates import ABSENT, Candidates, Columns
 from autotune.space.file import SpaceFile, parse_space, read_space_file
 from autotune.space.grid import Grid
 from autotune.space.legality import RULES, applies, rules
+from autotune.space.lengths import read_lengths
 from autotune.space.methods import LORA_FIELDS, contradiction
 from autotune.space.rule import Rule
 from autotune.space.script import check_script, script_rules, script_run
 from autotune.spec.cluster import ClusterSpec, find_gpu
-from autotune.spec.config import Scalar, TrialConfig
+from autotune.spec.config import Batching, Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.record import SpaceRecord, StudyRecord
 from autotune.spec.script import ScriptRun
@@ -92,7 +93,7 @@ class Space:
             "weights": self.file.weights,
             "task": self.file.task,
             "method": self.file.method,
-            "workload": self.file.workload.model_dump(),
+            "workload": self.file.workload.model_dump(exclude={"lengths"}),
             "cluster": [
                 self.cluster.nodes,
                 self.cluster.gpus_per_node,
@@ -101,6 +102,8 @@ class Space:
             ],
             "measure": self.file.measure.model_dump(include={"warmup", "micro_steps"}),
         }
+        if self.workload.lengths:
+            parts["lengths"] = self.workload.lengths
         if self.file.script is not None:
             parts["script"] = self.file.script.model_dump(exclude={"predict_as"})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -260,7 +263,7 @@ def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
     problem = contradiction(file)
     if problem is not None:
         raise InvalidSpaceError(f"{where}: {problem}")
-    space = _space(file, text, where, model, cluster)
+    space = _space(file, text, where, model, cluster, path.parent)
     check_script(file, {axis: len(values) for axis, values in space.axes.items()}, where, path.parent)
     _check_size(space)
     _check_deepspeed_keys(file, where)
@@ -286,27 +289,33 @@ def stored_space(study: StudyRecord) -> Space:
             f"{where} has no model and cluster, which earlier versions did not store; run `autotune tune` with its file"
         )
     file = parse_space(study.space.text, where)
-    return _space(file, study.space.text, where, study.space.model, study.space.cluster)
+    return _space(file, study.space.text, where, study.space.model, study.space.cluster, None)
 
 
-def _space(file: SpaceFile, text: str, where: str, model: ModelSpec, cluster: ClusterSpec) -> Space:
+def _space(
+    file: SpaceFile, text: str, where: str, model: ModelSpec, cluster: ClusterSpec, folder: Path | None
+) -> Space:
+    """`folder` has what the file names; None: nothing is read."""
     axes: dict[str, tuple[Scalar, ...]] = {
         key: tuple(getattr(file.search, key))
         for key in type(file.search).model_fields
-        if key not in ("deepspeed", "script", "numerics", "gpus")
+        if key not in ("deepspeed", "script", "numerics", "gpus", "batching")
     }
     numerics, lora = file.search.numerics, file.lora
     axes["method"] = tuple(numerics.method or [file.method])
     axes["lora_rank"] = tuple(numerics.lora_rank or [lora.rank])
     axes["lora_alpha"] = (lora.alpha,)
     axes["lora_target_modules"] = tuple(numerics.lora_target_modules or [lora.target_modules])
+    batching: tuple[Batching, ...] = ("dynamic_padding" if file.workload.lengths != "fixed" else "fixed",)
+    axes["batching"] = batching if file.search.batching is None else tuple(file.search.batching)
     axes["gpus"] = tuple(file.search.gpus or [cluster.total_gpus])
     if "selective" not in axes["activation_checkpointing"] and "selective_every" not in file.search.model_fields_set:
         axes["selective_every"] = axes["selective_every"][:1]
     # To DeepSpeed 1 and true may differ; configs that differ in nothing else are equal, so one of them is enough.
     axes |= {f"deepspeed.{key}": tuple(dict.fromkeys(values)) for key, values in file.search.deepspeed.items()}
     axes |= {f"script.{knob}": tuple(dict.fromkeys(values)) for knob, values in file.search.script.items()}
-    workload = Workload(**file.workload.model_dump(exclude={"sequence_length"}))
+    lengths = read_lengths(file.workload, folder, where) if folder is not None else ()
+    workload = Workload(**file.workload.model_dump(exclude={"sequence_length", "lengths"}), lengths=lengths)
     return Space(file=file, text=text, where=where, model=model, cluster=cluster, workload=workload, axes=axes)
 
 

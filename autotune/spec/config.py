@@ -15,6 +15,7 @@ PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
 Loss = Literal["full_logits", "chunked"]
 Method = Literal["full", "lora", "qlora"]
 LoraTargets = Literal["all-linear", "attention", "mlp"]
+Batching = Literal["fixed", "padded", "dynamic_padding", "packed"]
 Scalar = bool | int | float | str
 
 STAGES_PER_RANK: dict[PipelineSchedule, int] = {"1f1b": 1, "interleaved_1f1b": 2, "zero_bubble": 2}
@@ -33,7 +34,7 @@ KEPT_OPERATORS = (
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-LATER_FIELDS = {
+LATER_FIELDS: dict[str, Any] = {
     "tensor_parallel_size": 1,
     "sequence_parallel_size": 1,
     "pipeline_parallel_size": 1,
@@ -45,6 +46,7 @@ LATER_FIELDS = {
     "lora_rank": None,
     "lora_alpha": None,
     "lora_target_modules": None,
+    "batching": "fixed",
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -96,6 +98,9 @@ class TrialConfig:
     """An adapter counts alpha / rank times."""
     lora_target_modules: LoraTargets | None = None
     """Which matrices have an adapter: those of attention, of the MLP, or both (`all-linear`, never the lm head)."""
+    batching: Batching = "fixed"
+    """How sequences of different lengths become a micro-batch. `fixed`: they have one length. `padded`: to
+    `sequence_length`; `dynamic_padding`: to the longest of the micro-batch. `packed`: one after another in one row."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -194,5 +199,7 @@ class TrialConfig:
             words.append(self.pipeline_schedule)
         if self.loss != "full_logits":
             words.append(f"{self.loss} loss")
+        if self.batching != "fixed":
+            words.append(self.batching)
         words += [f"{name} {value}" for name, value in self.script]
         return " ".join(words)

@@ -1,7 +1,7 @@
 """A run that confirms a config: whole optimizer steps, then what a training job also does.
 
-Nothing is composed here: an optimizer step runs with all its micro-steps. Sequences have one length, so every batch is
-the longest. The evaluation pass has the micro-batch of training. The checkpoint is written beside the rank's log, and
+Nothing is composed here: an optimizer step runs with all its micro-steps. Where lengths differ, the warm-up has had the
+longest batch. The evaluation pass has the micro-batch of training. The checkpoint is written beside the rank's log, and
 deleted.
 """
 
@@ -10,12 +10,13 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from autotune.engines.batches import MicroBatch
 from autotune.engines.engine import Engine
 from autotune.spec.outcome import LongRun, Phase
 from autotune.spec.workload import LongRunSettings
@@ -36,6 +37,8 @@ class WholeSteps:
     allocated_bytes: list[int]
     losses: list[float]
     """Of every micro-step, the first step's included."""
+    tokens: list[int] = field(default_factory=list)
+    """Of each step in `seconds`, padding left out."""
 
 
 def run_whole_steps(
@@ -75,10 +78,10 @@ def run_whole_steps(
         barrier()
         synchronize()
         started = time.perf_counter()
-        for micro_step, input_ids in enumerate(inputs):
+        for micro_step, given in enumerate(inputs):
             boundary = micro_step == accumulation - 1
             on_phase(Phase.FORWARD)
-            loss = engine.forward(input_ids, boundary=boundary)
+            loss = engine.forward(given.input_ids, boundary=boundary, **given.more)
             on_phase(Phase.BACKWARD)
             engine.backward(loss, boundary=boundary)
             losses.append(loss.detach())
@@ -90,22 +93,24 @@ def run_whole_steps(
         found.losses += [loss.item() for loss in losses]
         if not all(math.isfinite(loss) for loss in found.losses[-accumulation:]):
             raise NonFiniteLossError(f"a loss in optimizer step {step} is not finite: {found.losses[-accumulation:]}")
-        del inputs, input_ids, losses
+        tokens = sum(given.tokens for given in inputs)
+        del inputs, given, losses
         if step > first_step:
             found.seconds.append(seconds)
+            found.tokens.append(tokens)
             found.allocated_bytes.append(live_bytes())
         after_step()
     return found
 
 
 def evaluate(
-    engine: Engine, input_ids: torch.Tensor, *, synchronize: Callable[[], None], barrier: Callable[[], None]
+    engine: Engine, inputs: MicroBatch, *, synchronize: Callable[[], None], barrier: Callable[[], None]
 ) -> float:
     """Seconds of one forward pass without gradients."""
     barrier()
     synchronize()
     started = time.perf_counter()
-    engine.evaluate(input_ids)
+    engine.evaluate(inputs.input_ids, **inputs.more)
     synchronize()
     return time.perf_counter() - started
 
@@ -155,6 +160,7 @@ def long_run(steps: WholeSteps, watch: Watch, evaluation_seconds: float | None, 
     """All of it as a rank reports it."""
     return LongRun(
         step_seconds=tuple(steps.seconds),
+        step_tokens=tuple(steps.tokens),
         allocated_bytes=tuple(steps.allocated_bytes),
         evaluation_seconds=evaluation_seconds,
         checkpoint_seconds=saved.seconds,

@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
+from autotune.engines.batches import MicroBatch
 from autotune.engines.engine import Engine
 from autotune.spec.outcome import Phase
 from autotune.trial.failure import NonFiniteLossError
 
-Batch = Callable[[int, int], torch.Tensor]
-"""(optimizer step, micro-step) -> the rank's token ids, on the device."""
+Batch = Callable[[int, int], MicroBatch]
+"""(optimizer step, micro-step) -> what the rank is given, on the device."""
 
 
 def warmup_plan(accumulation: int, cycles: int) -> tuple[bool, ...]:
@@ -47,6 +46,8 @@ class Samples:
     micro_step_seconds: list[float] = field(default_factory=list)
     update_step_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    micro_step_tokens: list[int] = field(default_factory=list)
+    update_step_tokens: list[int] = field(default_factory=list)
     stopped_early: bool = False
 
 
@@ -82,12 +83,12 @@ def run_micro_steps(
     samples = Samples()
     step, micro_step = first_step, 0
     for number, boundary in enumerate(plan, 1):
-        input_ids = batch(step, micro_step)
+        inputs = batch(step, micro_step)
         barrier()
         synchronize()
         started = time.perf_counter()
         on_phase(Phase.FORWARD)
-        loss = engine.forward(input_ids, boundary=boundary)
+        loss = engine.forward(inputs.input_ids, boundary=boundary, **inputs.more)
         on_phase(Phase.BACKWARD)
         engine.backward(loss, boundary=boundary)
         if boundary:
@@ -96,12 +97,13 @@ def run_micro_steps(
         synchronize()
         seconds = time.perf_counter() - started
         (samples.update_step_seconds if boundary else samples.micro_step_seconds).append(seconds)
+        (samples.update_step_tokens if boundary else samples.micro_step_tokens).append(inputs.tokens)
         samples.losses.append(loss.item())
         if not math.isfinite(samples.losses[-1]):
             raise NonFiniteLossError(
                 f"the loss is {samples.losses[-1]} in optimizer step {step}, micro-step {micro_step}"
             )
-        del loss, input_ids  # else the last graph's leftovers count in the next sample's peak
+        del loss, inputs  # else the last graph's leftovers count in the next sample's peak
         after_sample()
         if number < len(plan) and hopeless(samples):
             samples.stopped_early = True

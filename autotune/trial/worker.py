@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from autotune.engines.batches import micro_batch
+from autotune.engines.batches import MicroBatch, inputs
 from autotune.engines.engine import Engine
 from autotune.spec.outcome import Phase, RankMeasurement
 from autotune.spec.request import TrialRequest
@@ -67,12 +67,12 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
         run = _Run(built, seat, request, device, memory, enter_phase)
         memory.begin()
         reporter.enter_stage("warmup", Phase.FORWARD)
-        warmup = run.micro_steps(warmup_plan(run.accumulation, request.measure.warmup), first_step=0)
+        warmup = run.warm_up()
         reporter.enter_stage("measure", Phase.FORWARD)
         measured, long = Samples(), None
         if request.long_run is None:
             plan = measure_plan(run.accumulation, request.measure.micro_steps)
-            measured = run.micro_steps(plan, first_step=request.measure.warmup, hopeless=run.is_hopeless)
+            measured = run.micro_steps(plan, first_step=run.first_step, hopeless=run.is_hopeless)
         else:
             steps, evaluation_seconds = run.whole_steps(request.long_run)
             measured = Samples(losses=steps.losses)
@@ -89,6 +89,8 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
         rank=seat.rank,
         micro_step_seconds=tuple(measured.micro_step_seconds),
         update_step_seconds=tuple(measured.update_step_seconds),
+        micro_step_tokens=tuple(measured.micro_step_tokens),
+        update_step_tokens=tuple(measured.update_step_tokens),
         losses=tuple(warmup.losses + measured.losses),
         peak_memory_allocated_bytes=peaks.allocated_bytes,
         peak_memory_reserved_bytes=peaks.reserved_bytes,
@@ -162,6 +164,17 @@ class _Run:
         self._memory, self._enter_phase = memory, enter_phase
         self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
+    @property
+    def first_step(self) -> int:
+        """That is measured."""
+        return self._request.measure.warmup + int(self._lengths_differ)
+
+    def warm_up(self) -> Samples:
+        """Full optimizer cycles, and where lengths differ one more, whose batches are the longest: with all states
+        there, its peak is the highest that training reaches.
+        """
+        return self.micro_steps(warmup_plan(self.accumulation, self.first_step), first_step=0)
+
     def micro_steps(
         self, plan: tuple[bool, ...], first_step: int, hopeless: Callable[[Samples], bool] = lambda samples: False
     ) -> Samples:
@@ -190,13 +203,12 @@ class _Run:
 
     def whole_steps(self, settings: LongRunSettings) -> tuple[WholeSteps, float | None]:
         """The steps, and the seconds of the evaluation pass if there is one."""
-        first_step = self._request.measure.warmup
         steps = run_whole_steps(
             self._engine,
             settings,
             self.accumulation,
             batch=self._batch,
-            first_step=first_step,
+            first_step=self.first_step,
             synchronize=self._synchronize,
             barrier=dist.barrier,
             on_phase=self._enter_phase,
@@ -206,8 +218,8 @@ class _Run:
         if not settings.evaluate:
             return steps, None
         self._enter_phase(Phase.EVALUATE)
-        inputs = self._batch(first_step, 0)
-        seconds = evaluate(self._engine, inputs, synchronize=self._synchronize, barrier=dist.barrier)
+        given = self._batch(self.first_step, 0)
+        seconds = evaluate(self._engine, given, synchronize=self._synchronize, barrier=dist.barrier)
         self._memory.sample()
         return steps, seconds
 
@@ -215,13 +227,19 @@ class _Run:
         self.watch.sample()
         self._memory.sample()
 
-    def _batch(self, step: int, micro_step: int) -> torch.Tensor:
-        tokens = micro_batch(
-            self._request.config,
-            self._request.workload,
-            self._request.model.vocab_size,
+    def _batch(self, step: int, micro_step: int) -> MicroBatch:
+        request = self._request
+        found = inputs(
+            request.config,
+            request.workload,
+            request.model.vocab_size,
             step=step,
             micro_step=micro_step,
             rank=self._seat.rank,
+            longest=self._lengths_differ and step == request.measure.warmup,
         )
-        return tokens.to(self._device)
+        return found.to(self._device)
+
+    @property
+    def _lengths_differ(self) -> bool:
+        return self._request.config.batching != "fixed"

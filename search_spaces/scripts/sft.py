@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--pad-to-multiple-of", type=int, default=1)
-    parser.add_argument("--conversations", type=int, default=4096)
+    parser.add_argument("--conversations", type=int, default=1024)
     parser.add_argument("--output-dir", required=True)
     options = parser.parse_args()
     (arguments,) = HfArgumentParser(TrainingArguments).parse_yaml_file(str(options.training_arguments))

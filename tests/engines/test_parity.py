@@ -167,8 +167,8 @@ class Unsynchronised(PyTorchEngine):
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
         super().backward(loss, boundary=False)
 
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
-        return super().forward(input_ids, boundary=False)
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids, boundary=False, **more)
 
 
 class Unclipped(PyTorchEngine):

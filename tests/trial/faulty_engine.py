@@ -45,10 +45,10 @@ class FaultyEngine:
         self._engine = engine.build_engine(request, device)
         self._may_fail(Phase.BUILD)
 
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
         self._micro_steps += 1
         self._may_fail(Phase.FORWARD)
-        loss = self._engine.forward(input_ids, boundary=boundary)
+        loss = self._engine.forward(input_ids, boundary=boundary, **more)
         return loss * float("inf") if self._fault == "infinite" else loss
 
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:

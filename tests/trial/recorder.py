@@ -11,7 +11,7 @@ class Recorder:
         self.calls: list[str] = []
         self._losses = iter(losses or itertools.repeat(1.0))
 
-    def forward(self, input_ids: torch.Tensor, *, boundary: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
         self.calls.append(f"forward {input_ids.item()} {boundary}")
         return torch.tensor(next(self._losses))
 
@@ -24,7 +24,7 @@ class Recorder:
     def gradient_norm(self) -> float:
         return 1.0
 
-    def evaluate(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def evaluate(self, input_ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         return torch.tensor(1.0)
 
     def save(self, folder: Path) -> None:

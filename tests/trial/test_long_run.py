@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from autotune.engines.batches import MicroBatch
 from autotune.spec.cluster import find_gpu
 from autotune.spec.config import Engine
 from autotune.spec.outcome import outcome_from_dict
@@ -68,7 +69,7 @@ def steps_of(engine: Recorder, steps: int) -> WholeSteps:
         engine,
         LongRunSettings(steps=steps),
         2,
-        batch=lambda step, micro_step: torch.tensor(10 * step + micro_step),
+        batch=lambda step, micro_step: MicroBatch(torch.tensor(10 * step + micro_step), 7),
         first_step=1,
         synchronize=lambda: None,
         barrier=lambda: engine.calls.append("barrier"),

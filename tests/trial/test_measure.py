@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autotune.engines.batches import MicroBatch
 from autotune.spec.outcome import Phase
 from autotune.trial.failure import NonFiniteLossError
 from autotune.trial.measure import Samples, measure_plan, run_micro_steps, warmup_plan
@@ -38,7 +39,7 @@ def run(
     return run_micro_steps(
         engine,
         plan,
-        batch=lambda step, micro_step: torch.tensor(10 * step + micro_step),
+        batch=lambda step, micro_step: MicroBatch(torch.tensor(10 * step + micro_step), 7),
         first_step=1,
         synchronize=lambda: engine.calls.append("synchronize"),
         barrier=lambda: engine.calls.append("barrier"),
