@@ -88,3 +88,19 @@ def test_what_a_file_cannot_say_is_said_to_the_script() -> None:
     assert "every_n_layers" not in trainer  # its file says it
     assert "every_n_layers=3" in accelerate
     assert "gradient_accumulation_steps=64" in accelerate
+
+
+@pytest.mark.parametrize(
+    ("batching", "words"),
+    [
+        ("padded", 'padding="max_length", max_length=4096'),
+        ("dynamic_padding", "pads each batch to its longest"),
+        ("packed", "`DataCollatorWithFlattening()`, or TRL's `padding_free=True`"),
+    ],
+)
+def test_how_sequences_are_batched_is_left_to_the_collator(batching: str, words: str) -> None:
+    trial = config(engine="pytorch", batching=batching)
+    for target in ("hf_trainer", "accelerate", "deepspeed"):
+        assert words in left_to_script(target, trial, WORKLOAD)[0]
+    assert cannot_express("hf_trainer", trial, "cuda") is None
+    assert "sequences of one length" in (cannot_express("autotune", trial, "cuda") or "")

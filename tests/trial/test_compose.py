@@ -120,3 +120,40 @@ def test_what_a_step_takes_at_least() -> None:
     assert least_step_seconds([1.0, 2.0], [], 4) == pytest.approx(0.9 * 4.0)
     assert least_step_seconds([1.0], [1.5], 4) == pytest.approx(0.9 * 4.5)
     assert least_step_seconds([], [1.5, 2.0], 1) == pytest.approx(0.9 * 1.5)
+
+
+def test_padding_is_no_throughput() -> None:
+    config = TrialConfig(
+        engine="pytorch", gpus=2, micro_batch_size=2, sequence_length=100, batching="padded", tensor_parallel_size=1
+    )
+    request = TrialRequest(
+        trial_id="x",
+        model=load_model("qwen3-tiny", Path.cwd()),
+        workload=Workload(global_batch_size=12, lengths=(10, 100)),
+        config=config,
+        device="cpu",
+    )
+
+    def rank(number: int, micro: tuple[int, ...], update: tuple[int, ...]) -> RankMeasurement:
+        return RankMeasurement(
+            rank=number,
+            micro_step_seconds=tuple(tokens / 100 for tokens in micro),
+            update_step_seconds=tuple(1 + tokens / 100 for tokens in update),
+            micro_step_tokens=micro,
+            update_step_tokens=update,
+            losses=(1.0,),
+            peak_memory_allocated_bytes=1,
+            peak_memory_reserved_bytes=1,
+            peak_device_used_bytes=1,
+            device_memory_bytes=2,
+            allocator_retries=0,
+            phase_seconds={},
+            environment={},
+        )
+
+    measured = compose([rank(0, (20, 20, 200), (50, 60)), rank(1, (10, 30, 20), (40, 40))], request, find_gpu("cpu"))
+    # Two micro-steps that accumulate and one that updates; means of both, since they differ in what they do.
+    assert measured.step_time_seconds == pytest.approx(2 * 0.8 + 1.55)
+    tokens = (2 * 80 + 55) + (2 * 20 + 40)
+    assert measured.tokens_per_second_per_gpu == pytest.approx(tokens / (2 * 0.8 + 1.55) / 2)
+    assert outcome_from_dict(measured.to_dict()) == measured
