@@ -255,6 +255,8 @@ def _mpt_times(rows: Sequence[Row]) -> StepTimes:
         idle=np.ones(same),
         chunked=np.zeros(same, bool),
         real=np.ones(same),
+        keeps_products=np.zeros(same, bool),
+        groups=np.ones(same, np.int64),
     )
     shape = gpt_shape(*_MPT_SIZES[rows[0]["model"]], _MPT_VOCABULARY)
     return predict_trials(shape, trials, cluster_of(rows[0]), _MPT_KERNELS)

@@ -121,8 +121,8 @@ class Trials:
         if overlap in axes:
             overlaps = np.where(columns[overlap][firsts] >= 0, values(overlap).astype(bool), overlaps)
         _, examples, alike = np.unique(columns.kinds(BATCHED)[firsts], return_index=True, return_inverse=True)
-        found = batches(space.workload, [space.candidates[int(at)] for at in firsts[examples]])
-        rows, length, real = (column[alike] for column in found)
+        rows, length, real = batches(space.workload, [space.candidates[int(at)] for at in firsts[examples]])
+        rows, length, real = rows[alike], length[alike], real[alike]
         trials = cls(
             engine=values("engine"),
             precision=values("precision"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from autotune.errors import InvalidSpaceError, UsageError, shown
 from autotune.formats.script import FILES, allowed, axes_told, names
-from autotune.formats.targets import Target, cannot_express
+from autotune.formats.targets import READ_BY_TARGETS, Target, cannot_express
 from autotune.space.file import ScriptSection, SpaceFile
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
@@ -74,7 +74,7 @@ def script_rules(section: ScriptSection) -> tuple[Rule, ...]:
 
 
 def _expressed(name: str, target: Target) -> Rule:
-    @reads("engine", "precision", "zero_stage", "gpus", "offload", "loss", "batching", *DEGREES)
+    @reads(*READ_BY_TARGETS, "precision", "zero_stage", "gpus", *DEGREES)
     def told(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
         reason = cannot_express(target, config, cluster.device)
         return None if reason is None else f"{{{name}}} cannot say it: {reason}"
