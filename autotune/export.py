@@ -85,11 +85,15 @@ class Format:
         others = [target for target in study.space.file.targets if target not in self.targets]
         return not self.fallback or no_target(tuple(others), best.config) is not None
 
-    def source(self, study: Study) -> Best | None:
-        """The winner, or else the fastest trial that the file can express; None when there is none."""
-        best = study.best()
-        if best is None or self.refusal(best.config, study.space) is None:
-            return best
+    def source(self, study: Study, wanted: Best) -> Best | None:
+        """The trial that is wanted; where it cannot be expressed and is the winner, the fastest one that can.
+
+        None when there is none.
+        """
+        if self.refusal(wanted.config, study.space) is None:
+            return wanted
+        if wanted != study.best():
+            return None
         return study.best_among(result for result in study.results if self.refusal(result.config, study.space) is None)
 
 
@@ -252,21 +256,47 @@ def export_best(study: Study, out: Path) -> dict[str, Path]:
     best = study.best()
     if best is None:
         return {}
-    documents = _documents(study, best)
-    target = (out / "best").absolute()
-    fresh = target.with_name(".best.new")
+    documents, target = _documents(study, best), (out / "best").absolute()
+    _write_folder(target, documents)
+    return {name: target / name for name in documents}
+
+
+def export_pareto(study: Study, out: Path) -> dict[str, Path]:
+    """Write `out/pareto/` anew: `trial-N/` with the best files of each trial of the Pareto front, and `pareto.json`.
+
+    A file that cannot express a trial is not in its folder; the README there says why.
+
+    Returns:
+        File name, relative to `out/pareto/`, to absolute path; empty when no trial is eligible.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    front = study.pareto_front
+    if not front:
+        return {}
+    documents = {f"trial-{best.trial}/{name}": text for best in front for name, text in _documents(study, best).items()}
+    points = [{"trial": best.trial, "folder": f"trial-{best.trial}", **figures(best.measurement)} for best in front]
+    documents["pareto.json"] = _json({"study": study.space.name, "points": points})
+    target = (out / "pareto").absolute()
+    _write_folder(target, documents)
+    return {name: target / name for name in documents}
+
+
+def _write_folder(target: Path, documents: dict[str, str]) -> None:
+    """The folder with these files and no others; it appears whole or not at all."""
+    fresh = target.with_name(f".{target.name}.new")
     try:
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
         for name, text in documents.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             (fresh / name).write_text(text, encoding="utf-8")
-        for script in fresh.glob("*.sh"):
+        for script in fresh.rglob("*.sh"):
             script.chmod(0o755)
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
     except OSError as error:
         raise UsageError(f"{target}: cannot be written ({error.strerror}); name a writable folder with --out") from None
-    return {name: target / name for name in documents}
 
 
 def export_files(study: Study, fmt: str) -> dict[str, str]:
@@ -304,8 +334,9 @@ def export_files(study: Study, fmt: str) -> dict[str, str]:
 
 
 def _documents(study: Study, best: Best) -> dict[str, str]:
+    """The best files of one trial, by name."""
     space = study.space
-    found = [(form, form.source(study)) for form in FORMATS.values() if form.wanted(study, best)]
+    found = [(form, form.source(study, best)) for form in FORMATS.values() if form.wanted(study, best)]
     sources = [(form, source) for form, source in found if source is not None]
     own = space.script is not None
     modes = [_mode(form, source, space) for form, source in sources if form.launch and not own]
@@ -336,7 +367,8 @@ def _documents(study: Study, best: Best) -> dict[str, str]:
         modes=modes,
         own_script=own,
         baseline=study.baseline_outcome if isinstance(study.baseline_outcome, Measurement) else None,
-        verdict=study.verdict,
+        verdict=study.verdict if best == study.best() else None,
+        is_winner=best == study.best(),
         rounds=ROUNDS,
         format_bytes=format_bytes,
         format_rate=format_rate,
@@ -458,7 +490,7 @@ def _provenance(study: Study, sources: dict[str, Best]) -> dict[str, Any]:
             "confirmed": best.measurement.confirms,
         },
         "confirmation": None
-        if study.verdict is None
+        if study.verdict is None or best != study.best()
         else {
             "optimizer_steps": study.verdict.steps,
             "rounds": ROUNDS,

@@ -210,6 +210,27 @@ def fastest(results: Iterable[Result], memory_headroom: float) -> Best | None:
     return max(found, key=lambda best: (best.measurement.tokens_per_second_per_gpu, -best.trial), default=None)
 
 
+def pareto_front(found: Iterable[Best]) -> list[Best]:
+    """Those that no other one matches in throughput, peak memory and sequence length while it beats it in one of them.
+
+    Of several that are equal in all three, the earliest trial. The fastest first.
+    """
+
+    def merits(best: Best) -> tuple[float, float, float]:
+        measured = best.measurement
+        return (
+            measured.tokens_per_second_per_gpu,
+            -measured.peak_device_used_bytes,
+            best.config.sequence_length,
+        )
+
+    front: list[Best] = []
+    for best in sorted(found, key=lambda best: (*(-merit for merit in merits(best)), best.trial)):
+        if not any(all(a >= b for a, b in zip(merits(other), merits(best), strict=True)) for other in front):
+            front.append(best)
+    return front
+
+
 def count(outcomes: Iterable[Outcome], interrupted: int = 0, running: int = 0) -> Counts:
     """Trials by the outcomes that stand."""
     listed = list(outcomes)

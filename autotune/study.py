@@ -29,6 +29,7 @@ from autotune.results import (
     fastest,
     ledger,
     must_run_alone,
+    pareto_front,
     standing_outcome,
 )
 from autotune.space.space import Space, stored_space
@@ -423,6 +424,22 @@ class Study:
         return None if winner is None else Best(winner.trial, winner.config, winner.measurement)
 
     @property
+    def pareto_front(self) -> list[Best]:
+        """The eligible trials that trade throughput for peak memory best, the fastest first; by confirmed figures where
+        there are any.
+        """
+        measured = [
+            Best(trial, config, outcome)
+            for trial, config, outcome in self.results
+            if isinstance(outcome, Measurement) and self.eligible(outcome)
+        ]
+        return pareto_front(self._confirmed(best) for best in measured)
+
+    def _confirmed(self, best: Best) -> Best:
+        found = None if self.verdict is None else self.verdict.of(best.trial)
+        return best if found is None else best._replace(measurement=found.measurement)
+
+    @property
     def sensitivity(self) -> Sensitivity | None:
         """Of the winner; None where there is none, or nobody has looked since it became the winner."""
         found, best = self._sensitivity, self.best()
@@ -438,8 +455,7 @@ class Study:
     def best_among(self, results: Iterable[Result]) -> Best | None:
         """The fastest eligible trial of some, by screening; its figures are confirmed ones if there are any."""
         best = fastest(results, self.space.file.memory_headroom)
-        confirmed = None if best is None or self.verdict is None else self.verdict.of(best.trial)
-        return best if best is None or confirmed is None else best._replace(measurement=confirmed.measurement)
+        return None if best is None else self._confirmed(best)
 
     @property
     def baseline_outcome(self) -> Outcome | None:

@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig
 
 from autotune.errors import NothingFeasibleError, UsageError
-from autotune.export import FORMATS, export_best, export_files
+from autotune.export import FORMATS, export_best, export_files, export_pareto
 from autotune.formats.accelerate_yaml import to_accelerate
 from autotune.formats.deepspeed_json import to_deepspeed, to_hf_deepspeed
 from autotune.formats.training_args import to_training_args
@@ -67,6 +67,24 @@ def test_every_file_is_from_the_winner_if_it_can_express_it(tmp_path: Path, stor
     assert arguments["use_cpu"]
     assert yaml.safe_load(files["accelerate.yaml"].read_text()) == to_accelerate(winner.config, 1, "cpu")
     assert "cannot express" not in files["README.md"].read_text()
+
+
+def test_each_trial_of_the_pareto_front_has_a_folder_of_its_own(tmp_path: Path, store: SqlStore) -> None:
+    study = finished_study(tmp_path, store, simulate)
+    files = export_pareto(study, tmp_path / "out")
+    front = study.pareto_front
+    assert len(front) > 1
+    points = json.loads(files["pareto.json"].read_text())["points"]
+    assert [point["trial"] for point in points] == [best.trial for best in front]
+    for best in front:
+        folder = tmp_path / "out" / "pareto" / f"trial-{best.trial}"
+        assert yaml.safe_load((folder / "best.yaml").read_text())["config"] == best.config.to_dict()
+        sources = json.loads((folder / "provenance.json").read_text())["files"]
+        assert {source["trial"] for source in sources.values()} == {best.trial}
+        written = (folder / "ds_config.json").exists()
+        assert written == (best.config.engine == "deepspeed")
+        assert written or "cannot express this trial" in (folder / "README.md").read_text()
+    assert export_pareto(study, tmp_path / "out") == files  # written anew
 
 
 def test_a_file_that_cannot_express_the_winner_is_from_the_fastest_trial_that_it_can(

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from autotune.results import Result, ledger
+from autotune.results import Best, Result, ledger, pareto_front
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import FailureKind, Outcome
 from autotune.spec.prediction import Prediction
@@ -21,6 +23,30 @@ def rows(*pairs: tuple[int, Outcome]) -> tuple[list[Result], dict[TrialConfig, P
         a_config(n): Prediction(device_used_bytes=size * MIB, deviation=0.01) for n, (size, _) in enumerate(pairs, 1)
     }
     return results, predictions
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.sampled_from([128, 256])), max_size=12))
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int, int]]) -> None:
+    found = [
+        Best(n, replace(a_config(n), sequence_length=length), measurement(float(speed), used_bytes=size))
+        for n, (speed, size, length) in enumerate(points, 1)
+    ]
+
+    def merits(best: Best) -> tuple[float, ...]:
+        speed, size, length = points[best.trial - 1]
+        return speed, -size, length
+
+    front = pareto_front(found)
+    assert [best.measurement.tokens_per_second_per_gpu for best in front] == sorted(
+        (best.measurement.tokens_per_second_per_gpu for best in front), reverse=True
+    )
+    for best in found:
+        beaten = any(
+            merits(other) != merits(best) and all(a >= b for a, b in zip(merits(other), merits(best), strict=True))
+            for other in found
+        )
+        equal_before = any(merits(other) == merits(best) and other.trial < best.trial for other in found)
+        assert (best in front) == (not beaten and not equal_before)
 
 
 def test_errors_are_of_measured_trials_with_their_sign() -> None:

@@ -131,7 +131,7 @@ def test_the_last_line_is_the_result(run: Run) -> None:
     assert run.final.returncode == 0, run.final.stderr
     assert set(run.result) == {
         "study", "trials", "stop_reason", "gpu_seconds", "best", "baseline", "confirmation", "prediction", "artifacts",
-        "advice", "sensitivity",
+        "advice", "sensitivity", "pareto",
     }  # fmt: skip
     assert run.result["study"] == "tiny-cpu"
     counts = run.result["trials"]

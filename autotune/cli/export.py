@@ -27,17 +27,23 @@ def export(
         ),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
+    pareto: Annotated[
+        bool,
+        typer.Option("--pareto", help="A folder for each of the best trades of speed for memory, in DIR/pareto."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write or print the winner's files; refuses a format that cannot express the winner."""
-    from autotune.export import export_best, export_files
+    from autotune.export import export_best, export_files, export_pareto
     from autotune.store.store import open_store
     from autotune.study import Study
 
     with open_store(store, create=False) as database:
         stored = Study.stored(database, study)
+    if pareto and fmt is not None:
+        raise UsageError("--pareto writes whole folders; leave out --format")
     if fmt is None:
-        paths = export_best(stored, out or Path("autotune-out") / study)
+        paths = (export_pareto if pareto else export_best)(stored, out or Path("autotune-out") / study)
         if not paths:
             finished = stored.counts.finished
             raise NothingFeasibleError(f"study {study!r} has no eligible trial among its {finished} finished ones")

@@ -89,8 +89,9 @@ def best(
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a study's fastest eligible trial."""
-    from autotune.report.documents import best_document
+    """Show a study's fastest eligible trial, what one step from it does, and the best trades of speed for memory."""
+    from autotune.report.documents import best_document, pareto_document
+    from autotune.report.pareto import pareto_table
     from autotune.report.terminal import trial_table
     from autotune.results import Result
     from autotune.store.store import open_store
@@ -104,7 +105,11 @@ def best(
         raise NothingFeasibleError(f"study {study!r} has no eligible trial among its {finished} finished ones")
     if as_json:
         sensitivity = None if stored.sensitivity is None else stored.sensitivity.to_dict()
-        print_json({"study": study, "best": best_document(found), "sensitivity": sensitivity})
+        document = {"study": study, "best": best_document(found, stored.space), "sensitivity": sensitivity}
+        print_json(document | {"pareto": pareto_document(stored)})
         return
     Console().print(trial_table([Result(*found)], stored))
+    if len(stored.pareto_front) > 1:
+        Console().print("\nThe best trades of speed for memory:", highlight=False)
+        Console().print(pareto_table(stored))
     _print_sensitivity(stored)

@@ -51,6 +51,11 @@ def tune(
 
     talk = Console(stderr=True)
     file, _ = read_space_file(space_path)
+    if file.objective.minimize is not None and sampler is not Sampler.PLAN:
+        raise UsageError(
+            f"{space_path}: objective.minimize: found --sampler {sampler.value}, which looks for the fastest alone;"
+            " use --sampler plan, or leave the key out"
+        )
     space = None if file.cluster == "auto" else load_space(space_path)
     if file.script is not None and launcher is Launcher.RAY_TRAIN:
         raise UsageError(f"{space_path}: script: is run by launcher pool alone; leave out --launcher ray-train")

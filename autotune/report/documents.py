@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from autotune.predict.remedies import Remedy
+from autotune.report.speeds import cost_per_million_tokens
 from autotune.report.verdict import verdict_document
 from autotune.results import Best, Counts, Ledger, attempted_outcomes, standing_outcome
+from autotune.space.space import Space
 from autotune.spec.record import AttemptRecord, StudyRecord, TrialRecord
 from autotune.study import Study
 
@@ -19,7 +21,8 @@ def study_document(study: Study, artifacts: dict[str, Path]) -> dict[str, Any]:
         "trials": counts_document(study.counts),
         "stop_reason": study.stop_reason,
         "gpu_seconds": {use.value: seconds for use, seconds in study.spending.gpu_seconds_by_use.items()},
-        "best": None if best is None else best_document(best),
+        "best": None if best is None else best_document(best, study.space),
+        "pareto": pareto_document(study),
         "baseline": None if baseline is None else baseline.to_dict(),
         "confirmation": None if study.verdict is None else verdict_document(study.verdict),
         "sensitivity": None if study.sensitivity is None else study.sensitivity.to_dict(),
@@ -60,9 +63,30 @@ def studies_document(rows: list[tuple[StudyRecord, Counts]]) -> dict[str, Any]:
     }
 
 
-def best_document(best: Best) -> dict[str, Any]:
+def best_document(best: Best, space: Space) -> dict[str, Any]:
     """One measured trial."""
-    return {"trial": best.trial, "config": best.config.to_dict(), "measurement": best.measurement.to_dict()}
+    return {
+        "trial": best.trial,
+        "config": best.config.to_dict(),
+        "measurement": best.measurement.to_dict(),
+        "cost_per_million_tokens": cost_per_million_tokens(space, best.measurement.tokens_per_second_per_gpu),
+    }
+
+
+def pareto_document(study: Study) -> list[dict[str, Any]]:
+    """The trials that trade throughput for peak memory best, the fastest first."""
+    return [
+        {
+            "trial": best.trial,
+            "config": best.config.to_dict(),
+            "tokens_per_second_per_gpu": best.measurement.tokens_per_second_per_gpu,
+            "peak_device_used_bytes": best.measurement.peak_device_used_bytes,
+            "sequence_length": best.config.sequence_length,
+            "cost_per_million_tokens": cost_per_million_tokens(study.space, best.measurement.tokens_per_second_per_gpu),
+            "confirmed": best.measurement.confirms,
+        }
+        for best in study.pareto_front
+    ]
 
 
 def trial_document(trial: TrialRecord) -> dict[str, Any]:

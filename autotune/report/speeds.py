@@ -71,8 +71,14 @@ class Speeds:
             "tokens_per_second_per_gpu_80%": [round(float(self._low[place]), 1), round(float(self._high[place]), 1)],
             "step_time_seconds": round(time.step_time_seconds, 4),
             "model_flops_utilization": None if math.isnan(utilization) else round(utilization, 4),
-            "cost_per_million_tokens": None if self._price is None else round(self._price / 3600 / rate * 1e6, 6),
+            "cost_per_million_tokens": cost_per_million_tokens(self._plan.space, rate),
         }
+
+
+def cost_per_million_tokens(space: Space, tokens_per_second_per_gpu: float) -> float | None:
+    """In the currency of the file's price of a GPU-hour; None without one."""
+    price = space.file.price_per_gpu_hour
+    return None if price is None else round(price / 3600 / tokens_per_second_per_gpu * 1e6, 6)
 
 
 def _rounded(value: float, digits: int) -> float:

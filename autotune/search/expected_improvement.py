@@ -20,6 +20,7 @@ Left out: noise of the best measurement so far (confirmation is for that), and l
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,10 +163,15 @@ class Expectation:
 
 
 class ExpectedImprovement:
-    """Proposes candidates. Holds no state but the candidates: what was observed is given each time."""
+    """Proposes candidates. Holds no state but the candidates: what was observed is given each time.
 
-    def __init__(self, candidates: Candidates) -> None:
-        self._given = candidates
+    Args:
+        candidates: to choose from.
+        trade_memory: less peak memory is worth something too, see `Front`.
+    """
+
+    def __init__(self, candidates: Candidates, *, trade_memory: bool = False) -> None:
+        self._given, self._trade_memory = candidates, trade_memory
         self._features = np.asarray(candidates.features, np.float32)
         axes = axis_columns(candidates.features)
         count, width = len(candidates.throughput), candidates.peak_deviation
@@ -233,6 +239,8 @@ class _View:
             if one.throughput is not None and (one.peak_bytes is None or one.peak_bytes <= given.capacity_bytes)
         ]
         self.best_throughput = max(eligible, default=None)
+        trades = search._trade_memory and self.best_throughput is not None
+        self._front = Front.of(measured, given.capacity_bytes) if trades else None
 
         timed, sized = self._timed(observed), self._sized(observed)
         tried = [one for one in observed if one.failed or one.throughput is not None or one.at_most is not None]
@@ -329,7 +337,11 @@ class _View:
         failing = (FAILURE_RATE * FAILURE_STRENGTH + failures) / (FAILURE_STRENGTH + trials)
         log_runs = np.log1p(-np.clip(failing, 0.0, 0.999))
         logs = search._log_throughput[rows] + means
-        log_gain = self._log_gain(logs, deviations)
+        if self._front is None:
+            log_gain = self._log_gain(logs, deviations)
+        else:
+            peaks = search._given.peak_bytes[rows] * np.exp(bytes_mean)
+            log_gain = self._front.log_gain(logs, deviations, peaks)
         scores = log_gain + log_fits + log_runs - search._log_cost[rows]
         return _Judgement(logs, deviations, log_fits, log_runs, log_gain, scores)
 
@@ -393,7 +405,8 @@ class _View:
         seen = self._judge(rows, self._search._correlation(rows, self._at), sums[rows])
         given, gain = self._search._given, None
         if self.best_throughput is not None:
-            gain = float(np.exp(seen.log_gain + seen.log_success)[0]) / self.best_throughput
+            whole = self.best_throughput if self._front is None else self._front.volume
+            gain = float(np.exp(seen.log_gain + seen.log_success)[0]) / whole
         return Proposal(
             candidate=candidate,
             predicted_throughput=float(given.throughput[candidate]),
@@ -407,6 +420,50 @@ class _View:
             score=float(seen.scores[0]),
             rank_by_throughput=1 + int((logs[~self._taken] > logs[candidate]).sum()),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What was reached with at most so much memory: K stretches of memory, in each the best throughput so far.
+
+    Its volume is the area under that staircase, memory as a ratio of the capacity. What a candidate is expected to add
+    to it, with a peak that is taken to be known (Emmerich et al., "Hypervolume-based expected improvement", 2011):
+
+        sum_k max(0, end_k - max(start_k, peak)) / capacity x E[max(throughput - level_k, 0)]
+    """
+
+    starts: Values
+    """Bytes (K,)."""
+    ends: Values
+    levels: Values
+    """Throughput (K,); 0 where nothing was measured that needs so little."""
+    capacity_bytes: float
+
+    @classmethod
+    def of(cls, measured: Sequence[Observed], capacity_bytes: float) -> Self:
+        """The staircase of what was measured and fits."""
+        points = [(one.peak_bytes, one.throughput) for one in measured if one.peak_bytes is not None]
+        steps = [(0.0, 0.0)]
+        for peak, throughput in sorted((peak, throughput or 0.0) for peak, throughput in points):
+            if peak <= capacity_bytes and throughput > steps[-1][1]:
+                steps.append((peak, throughput))
+        starts, levels = np.array(steps).T
+        return cls(starts, np.append(starts[1:], capacity_bytes), levels, capacity_bytes)
+
+    @property
+    def volume(self) -> float:
+        """In units of throughput."""
+        return float((self.ends - self.starts) @ self.levels) / self.capacity_bytes
+
+    def log_gain(self, logs: Values, deviations: Values, peaks: Values) -> Values:
+        """Logarithm of the expected gain in volume, of candidates (B,) with these log throughputs and peak bytes."""
+        found = np.full(len(logs), -np.inf)
+        for start, end, level in zip(self.starts, self.ends, self.levels, strict=True):
+            width = np.maximum(end - np.maximum(start, peaks), 0.0) / self.capacity_bytes
+            with np.errstate(divide="ignore"):
+                share = np.log(width)
+            found = np.logaddexp(found, share + _log_improvement(logs, deviations, np.log(level) if level else None))
+        return found
 
 
 @dataclass(frozen=True, slots=True)

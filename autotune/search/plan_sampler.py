@@ -58,7 +58,8 @@ class PlanSampler(BaseSampler):
     def __init__(self, study: Study, plan: Plan, seed: int) -> None:
         self._study, self._space = study, plan.space
         self._left = study.worth_a_launch
-        self._search = ExpectedImprovement(candidates_of(plan, self._left))
+        trades = plan.space.file.objective.minimize is not None
+        self._search = ExpectedImprovement(candidates_of(plan, self._left), trade_memory=trades)
         self._timed = plan.times is not None
         self._taught: dict[TrialConfig, Observed | None] = {}
         self._libraries = ThreadpoolController()

@@ -53,7 +53,9 @@ def order(attempt: Attempt, study: Study) -> dict[str, Any]:
         # Whole steps of a slow baseline take longer than any trial may.
         expected = (steps + 1) * (attempt.expected_step_seconds or 0.0)
         found["more_seconds"] = PATIENCE * expected
-    elif attempt.source != "baseline" and (best := study.best()) is not None:
+    elif attempt.source == "baseline" or space.file.objective.minimize is not None:
+        pass  # a slow trial may be what needs least memory
+    elif (best := study.best()) is not None:
         tokens = space.workload.tokens_per_step(attempt.config) / attempt.config.gpus
         found["most_step_seconds"] = HOPELESS * tokens / best.measurement.tokens_per_second_per_gpu
     return found

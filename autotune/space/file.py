@@ -127,9 +127,11 @@ class WorkloadFile(_Strict):
 
 
 class ObjectiveFile(_Strict):
-    """What is made as large as possible."""
+    """What the search is for."""
 
     maximize: Literal["tokens_per_second_per_gpu"] = "tokens_per_second_per_gpu"
+    minimize: Literal["peak_device_used_bytes"] | None = None
+    """Searched for besides: trials are then launched to widen the front of both, not to find the fastest alone."""
 
 
 class LoraFile(_Strict):

@@ -352,6 +352,42 @@ def test_of_many_trials_a_sample_stands_for_all(failures: int, others: int) -> N
     assert (where < failures).tolist() == (failed == 1).tolist()
 
 
+def test_the_expected_gain_in_volume_is_what_sampling_says() -> None:
+    measured = [
+        Observed(candidate=0, throughput=100.0, peak_bytes=60.0),
+        Observed(candidate=1, throughput=50.0, peak_bytes=20.0),
+        Observed(candidate=2, throughput=40.0, peak_bytes=30.0),  # beaten by the one before it
+        Observed(candidate=3, throughput=500.0, peak_bytes=90.0),  # does not fit
+    ]
+    front = module.Front.of(measured, 80.0)
+    assert front.levels.tolist() == [0.0, 50.0, 100.0]
+    assert front.volume == pytest.approx((40 * 50 + 20 * 100) / 80)
+    logs, deviations = np.log([45.0, 70.0, 90.0, 110.0]), np.full(4, 0.2)
+    peaks = np.array([10.0, 40.0, 70.0, 79.0])
+    draws = np.exp(logs[:, None] + deviations[:, None] * np.random.default_rng(0).normal(size=(4, 200_000)))
+    sampled = np.zeros(4)
+    for start, end, level in ((0, 20, 0), (20, 60, 50), (60, 80, 100)):
+        width = np.maximum(end - np.maximum(start, peaks), 0) / 80
+        # As for one objective, the improvement is that of the logarithm, in units of the level.
+        excess = np.maximum(np.log(draws) - np.log(level), 0) * level if level else draws
+        sampled += width * excess.mean(axis=1)
+    assert np.exp(front.log_gain(logs, deviations, peaks)) == pytest.approx(sampled, rel=0.02)
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_a_front_is_widened_towards_little_memory_where_that_is_wanted(seed: int) -> None:
+    world = a_world(seed)
+    volumes = {}
+    for trade in (False, True):
+        search, observed = ExpectedImprovement(world.candidates, trade_memory=trade), list[Observed]()
+        for _ in range(6):
+            proposal = search.propose(observed)
+            assert proposal is not None
+            observed.append(world.run(proposal.candidate))
+        volumes[trade] = module.Front.of([one for one in observed if one.throughput is not None], CAPACITY).volume
+    assert volumes[True] > volumes[False]
+
+
 Make = Callable[[World], Observed]
 
 
