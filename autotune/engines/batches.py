@@ -133,7 +133,8 @@ def inputs(
         step: optimizer step.
         micro_step: within it.
         rank: of the gang.
-        longest: every sequence is as long as the longest; where lengths do not differ all are.
+        longest: every sequence is as long as the longest, but for one token where batches may have padding: with none
+            transformers makes no mask, which needs memory too.
 
     Raises:
         ValueError: `micro_step` lies outside the optimizer step.
@@ -141,10 +142,16 @@ def inputs(
     if config.batching == "fixed":
         ids = micro_batch(config, workload, vocab_size, step=step, micro_step=micro_step, rank=rank)
         return MicroBatch(ids, ids.numel())
-    sequences = []
-    for index in sequence_indexes(config, workload, micro_step=micro_step, rank=rank):
-        length = workload.longest(config) if longest else sequence_length(config, workload, step=step, index=index)
-        sequences.append(torch.from_numpy(sequence(workload.seed, step, index, length, vocab_size)))
+    indexes = sequence_indexes(config, workload, micro_step=micro_step, rank=rank)
+    lengths = [sequence_length(config, workload, step=step, index=index) for index in indexes]
+    if longest:
+        lengths = [workload.longest(config)] * len(indexes)
+        if config.batching != "packed" and (len(indexes) > 1 or config.batching == "padded"):
+            lengths[-1] = max(1, lengths[-1] - 1)
+    sequences = [
+        torch.from_numpy(sequence(workload.seed, step, index, length, vocab_size))
+        for index, length in zip(indexes, lengths, strict=True)
+    ]
     return collated(sequences, config.batching, config.sequence_length)
 
 

@@ -153,8 +153,8 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     fields["precision"] = "bf16" if config.precision == "fp16" else config.precision
     # Both attend by a flash kernel, which saves its output and a logarithm for each position.
     fields["attention"] = "sdpa" if config.attention == "flash_attention_2" else config.attention
-    # A flash kernel is told where sequences begin, and has no mask.
-    if config.attention == "flash_attention_2":
+    # A flash kernel is told where sequences begin, and has no mask; a sequence alone has none either.
+    if config.attention == "flash_attention_2" or config.is_never_padded:
         fields.pop("batching", None)
     elif config.batching == "dynamic_padding":
         fields["batching"] = "padded"

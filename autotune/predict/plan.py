@@ -234,7 +234,9 @@ class _Cells:
         columns = space.columns
         self._batch = np.array(space.axes["micro_batch_size"], np.int64)[columns["micro_batch_size"]]
         kinds = columns.kinds(axis for axis in _main_axes(space) if axis != "micro_batch_size")
-        code = (self._batches().max() + 1) * kinds + self._batches()
+        # A sequence alone is never padded, and has no mask (`TrialConfig.is_never_padded`).
+        alone = (self._batch == 1) & (space.axes["batching"] != ("fixed",))
+        code = 2 * ((self._batches().max() + 1) * kinds + self._batches()) + alone
         # The first candidate of a cell has the first value of every key.
         _, firsts, self.of = np.unique(code, return_index=True, return_inverse=True)
         self.examples: list[TrialConfig] = [space.candidates[int(at)] for at in firsts]

@@ -44,12 +44,14 @@ def read_lengths(workload: WorkloadFile, folder: Path, where: str) -> tuple[int,
     return typical_lengths([int(line) for line in lines])
 
 
-@reads("batching", "attention")
+@reads("batching", "attention", "micro_batch_size")
 def _batching(config: TrialConfig, workload: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.batching == "fixed" and workload.lengths:
         return "batching fixed is for sequences of one length, and workload.lengths says that they differ"
     if config.batching != "fixed" and not workload.lengths:
         return f"batching {config.batching} is for sequences that differ in length; say workload.lengths"
+    if config.batching == "packed" and config.micro_batch_size == 1:
+        return "batching packed with micro_batch_size 1 is dynamic_padding: one sequence has nothing to be packed with"
     if config.batching == "packed" and config.attention == "eager":
         return "batching packed needs attention sdpa or flash_attention_2, not eager"
     return None

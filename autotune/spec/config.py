@@ -150,6 +150,11 @@ class TrialConfig:
         found = [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) > 1]
         return " with ".join(found + ([f"loss {self.loss}"] if self.loss != "full_logits" else []))
 
+    @property
+    def is_never_padded(self) -> bool:
+        """A micro-batch has no padding whatever the lengths, and no mask."""
+        return self.batching == "fixed" or (self.batching == "dynamic_padding" and self.micro_batch_size == 1)
+
     def data_parallel_rank(self, rank: int) -> int:
         """Whose data a rank sees. Ranks are counted in the order of the mesh (pipeline, data, sequence, tensor)."""
         return rank // (self.sequence_parallel_size * self.tensor_parallel_size) % self.data_parallel_size

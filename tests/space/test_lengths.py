@@ -50,6 +50,7 @@ def test_what_packing_does_not_go_with(tmp_path: Path) -> None:
     assert {(c.batching, c.attention) for c in found.candidates} == {
         ("padded", "sdpa"), ("padded", "eager"), ("packed", "sdpa")
     }  # fmt: skip
+    assert min(config.micro_batch_size for config in found.candidates if config.batching == "packed") == 2
     with pytest.raises(NothingFeasibleError, match="which cuts sequences of one length"):
         space(tmp_path, lengths, loss="chunked", zero_stage=0)
     with pytest.raises(NothingFeasibleError, match="differ in length; say"):
