@@ -135,3 +135,23 @@ def test_tune_launches_nothing_where_nothing_fits(tmp_path: Path) -> None:
     assert "none of the 4 candidates fits in 1.9 MiB" in run.stderr
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_script_nothing_is_predicted(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    path = tmp_path / "space.yaml"
+    script = {"command": "python train.py {training_args}"}
+    path.write_text(space_text(script=script, search={**SEARCH, "zero_stage": 0}, baseline=...))
+    run = CliRunner().invoke(app, ["plan", str(path)])
+    assert run.exit_code == 0
+    assert "2 cannot be predicted, and are searched without: they run a script" in " ".join(run.stdout.split())
+    assert "candidates fit" not in run.stdout
+    document = json.loads(CliRunner().invoke(app, ["plan", str(path), "--json"]).stdout.splitlines()[-1])
+    assert (document["unpredicted"], document["predicted_oom"], document["top"]) == (2, 0, [])
+    for command, words in [
+        (["plan", str(path), "--explain", "micro_batch_size=4"], "runs a script, of which nothing is predicted"),
+        (["tune", str(path), "--launcher", "ray-train"], "script: is run by launcher pool alone"),
+    ]:
+        refused = CliRunner().invoke(app, command)
+        assert isinstance(refused.exception, UsageError)
+        assert words in str(refused.exception)
