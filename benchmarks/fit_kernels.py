@@ -1,10 +1,11 @@
-"""Where the constants of `autotune/predict/kernels.py` and `step.ISSUE_SECONDS` come from.
+"""Where the constants of `autotune/predict/kernels.py` and of issuing work in `step.py` come from.
 
     python benchmarks/fit_kernels.py --data DIR
 
 DIR has `aic_gemm_bf16_latency.csv`: latencies (ms) of matrix products from ai-dynamo/aiconfigurator. Four fifths of the
 rows with both outer sides of at least 64 are fitted, with a loss that odd rows cannot bend; the rest is scored. Then a
-Qwen3 of eight layers with tensors too small to count runs on this machine's processor: the time to issue a layer.
+Qwen3 of 8 and of 24 layers with tensors too small to count runs on this machine's processor: what a layer more takes to
+issue, forward, backward, and recomputed. Only their ratios are used.
 """
 
 import argparse
@@ -25,7 +26,7 @@ Values = NDArray[np.float64]
 
 SYSTEMS = {"a100_sxm": "A100-80GB", "h100_sxm": "H100-80GB", "h200_sxm": "H200-141GB"}
 SMALLEST = 64
-LAYERS = 8
+LAYERS = (8, 24)
 REPEATS = 100
 
 
@@ -72,11 +73,26 @@ def fit_matmul(path: Path) -> None:
 
 
 def measure_issue() -> None:
-    """Print the least seconds that one layer takes, forward and backward."""
+    """Print the least seconds that one more layer takes, and what recomputing it adds."""
     torch.set_num_threads(1)
+    ahead, both = _issue(checkpointing=None)
+    print(f"one layer issued: forward {ahead:.2e} s, backward {both - ahead:.2e} s, {(both - ahead) / ahead:.2f} times")
+    for reentrant in (True, False):
+        again = _issue(checkpointing={"use_reentrant": reentrant})[1] - both
+        print(f"recomputed, reentrant {reentrant}: {again:.2e} s more, {again / ahead:.2f} forward passes")
+
+
+def _issue(checkpointing: dict[str, bool] | None) -> tuple[float, float]:
+    """Seconds a layer, of the forward pass and of both."""
+    few, many = ([_least(run) for run in _passes(layers, checkpointing)] for layers in LAYERS)
+    ahead, both = ((more - less) / (LAYERS[1] - LAYERS[0]) for less, more in zip(few, many, strict=True))
+    return ahead, both
+
+
+def _passes(layers: int, checkpointing: dict[str, bool] | None) -> tuple[Callable[[], object], Callable[[], object]]:
     config = Qwen3Config(
         hidden_size=16,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=8,
@@ -84,16 +100,17 @@ def measure_issue() -> None:
         vocab_size=32,
         attn_implementation="sdpa",
     )
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        model.enable_input_require_grads()
     tokens = torch.zeros((1, 4), dtype=torch.long)
 
     def forward() -> torch.Tensor:
         loss: torch.Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         return loss
 
-    ahead = _least(forward)
-    both = _least(lambda: forward().backward())  # type: ignore[no-untyped-call]
-    print(f"one layer issued: forward {ahead / LAYERS:.2e} s, backward {(both - ahead) / LAYERS:.2e} s")
+    return forward, lambda: forward().backward()  # type: ignore[no-untyped-call]  # torch's own
 
 
 def _least(run: Callable[[], object]) -> float:

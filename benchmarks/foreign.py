@@ -436,8 +436,8 @@ def show(report: dict[str, Any]) -> None:
             print(f"  gate {'passed' if part['gate']['passed'] else 'FAILED'}: {part['gate']}")
 
 
-def main() -> None:
-    """Print the comparison."""
+def main() -> int:
+    """Print the comparison; 1 where a gate fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with the published tables")
     parser.add_argument("--only", choices=("memory", "time"), help="leave the other half out")
@@ -447,7 +447,8 @@ def main() -> None:
     show(report)
     if arguments.json:
         print(json.dumps(report))
+    return 0 if all(report["gates"].values()) else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

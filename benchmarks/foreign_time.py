@@ -28,7 +28,7 @@ from autotune.predict.shape import DecoderShape, LayerShape, Matrix, read_shape
 from autotune.predict.step import StepTimes
 from autotune.predict.throughput import predict_trials
 from autotune.predict.trials import Trials
-from autotune.search.expected_improvement import Candidates, Expectation, ExpectedImprovement, Observed, step_unknowns
+from autotune.search.expected_improvement import Candidates, Expectation, ExpectedImprovement, Observed, step_columns
 from autotune.spec.cluster import ClusterSpec, find_gpu
 
 Row = dict[str, str]
@@ -247,6 +247,7 @@ def _mpt_times(rows: Sequence[Row]) -> StepTimes:
         accumulation=counts("grad_accum"),
         length=counts("seq_len"),
         recomputed=np.array([float(row["act_ckpt"] == "full") for row in rows]),
+        keeps_products=np.zeros(same, bool),
         overlaps=np.ones(same, bool),
         tensor=np.ones(same, np.int64),
         sequence=np.ones(same, np.int64),
@@ -255,7 +256,6 @@ def _mpt_times(rows: Sequence[Row]) -> StepTimes:
         idle=np.ones(same),
         chunked=np.zeros(same, bool),
         real=np.ones(same),
-        keeps_products=np.zeros(same, bool),
         groups=np.ones(same, np.int64),
     )
     shape = gpt_shape(*_MPT_SIZES[rows[0]["model"]], _MPT_VOCABULARY)
@@ -274,6 +274,7 @@ def _in_groups(rows: Sequence[Row], keys: tuple[str, ...], times: Predict) -> St
         np.concatenate([one.tokens_per_gpu for one in found]),
         np.concatenate([one.flops_per_token for one in found]),
         np.concatenate([one.peak_flops for one in found]),
+        np.concatenate([one.issue_seconds for one in found if one.issue_seconds is not None]),
     )
     return joined.of(back)
 
@@ -281,12 +282,14 @@ def _in_groups(rows: Sequence[Row], keys: tuple[str, ...], times: Predict) -> St
 def _posterior(rows: Sequence[Row], times: StepTimes, sizes: tuple[str, ...]) -> ExpectedImprovement:
     """What a study would know of the rows: predicted times, and how alike rows are. Memory plays no part."""
     same = np.ones(len(rows))
+    shares, unknowns, issued = step_columns(times)
     return ExpectedImprovement(
         Candidates(
             features=np.log2([[float(row[size] or 1) for size in sizes] for row in rows]),
             throughput=times.tokens_per_second_per_gpu,
-            shares=np.stack([seconds / times.step_seconds for seconds in times.parts.values()], axis=1),
-            unknowns=step_unknowns(list(times.parts)),
+            shares=shares,
+            unknowns=unknowns,
+            issued=issued,
             peak_bytes=same,
             peak_deviation=0.01 * same,
             capacity_bytes=2.0,

@@ -42,7 +42,7 @@ from autotune.predict.cases import MEMORY_HEADROOM
 from autotune.predict.layout_times import STEP_PROFILES, Layouts, predict_layouts
 from autotune.predict.layouts import TRAINER_PROFILES, Layout, impossible, predict_layout
 from autotune.predict.shape import DecoderShape, read_shape
-from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, step_unknowns
+from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, step_columns
 from autotune.search.samplers import SamplerName, build_sampler
 from autotune.units import GIB
 
@@ -196,7 +196,7 @@ class Sweep:
         layouts = [self.layouts[index] for index in self.startable]
         by_cost = TRAINER_PROFILES[_PROFILE].balances_by_cost
         times = predict_layouts(self.shape, Layouts.of(layouts), STEP_PROFILES[_PROFILE], cluster, by_cost=by_cost)
-        shares = np.stack([seconds / times.step_seconds for seconds in times.parts.values()], axis=1)
+        shares, unknowns, issued = step_columns(times)
         sizes = [
             (
                 one.tensor_parallel_size,
@@ -213,7 +213,8 @@ class Sweep:
             features=np.log2(np.array(sizes, float)),
             throughput=times.tokens_per_second_per_gpu,
             shares=shares,
-            unknowns=step_unknowns(list(times.parts)),
+            unknowns=unknowns,
+            issued=issued,
             peak_bytes=np.array([peak for peak, _, _ in self.memory], float),
             peak_deviation=np.full(len(layouts), stage.deviation),
             capacity_bytes=(1 - MEMORY_HEADROOM) * cluster.memory_bytes,

@@ -48,6 +48,7 @@ from autotune.predict.step import (
     BUCKET_BYTES,
     ISSUE_SECONDS,
     OPERATOR_SECONDS,
+    REENTRANT_PASSES,
     StepTimes,
     counts,
     in_buckets,
@@ -169,14 +170,16 @@ def predict_layouts(
     """
     count = len(layouts.tensor)
     parts = {part: np.zeros(count) for part in TimePart}
+    issue = np.zeros(count)
     for stages in np.unique(layouts.stages):
         chosen = layouts.stages == stages
         blocks = stage_blocks(shape, int(stages), by_cost)
-        for part, seconds in _Pipeline(shape, layouts[chosen], profile, cluster, blocks).parts().items():
+        found, issue[chosen] = _Pipeline(shape, layouts[chosen], profile, cluster, blocks).parts()
+        for part, seconds in found.items():
             parts[part][chosen] = seconds
     tokens = layouts.micro_batch * layouts.length * layouts.accumulation / (layouts.tensor * layouts.stages)
     peak = np.full(count, peak_flops(cluster.gpu, "bf16"))
-    return StepTimes(parts, tokens, flops_per_token(shape, layouts.length), peak)
+    return StepTimes(parts, tokens, flops_per_token(shape, layouts.length), peak, issue)
 
 
 class _Pipeline:
@@ -196,29 +199,31 @@ class _Pipeline:
         self._launch_seconds = kernel_rates(cluster.gpu).launch_seconds
         self._tensor = layouts.tensor.astype(float)
         length = layouts.length.astype(float)
-        self._work = LayerWork(shape, cluster.gpu, profile.kernels, "bf16", tokens, length, self._tensor)
+        self._work = LayerWork(
+            shape, cluster.gpu, profile.kernels, "bf16", tokens, length, self._tensor, profile.sequence_parallel
+        )
         self._sequence_bytes = 2 * tokens * shape.hidden_size
         self._tensor_group = group(layouts.tensor, np.ones_like(layouts.tensor), self._node)
         self._forward, self._backward = self._work.layer(backward=False), self._work.layer(backward=True)
         self._forward[TimePart.TENSOR_PARALLEL], self._backward[TimePart.TENSOR_PARALLEL] = self._layer_collectives()
         self._backward_seconds = total(self._backward) + layouts.checkpointed * total(self._forward)
 
-    def parts(self) -> Parts:
-        """Of the step."""
+    def parts(self) -> tuple[Parts, Values]:
+        """Of the step; and what the processor needs to issue the micro-batches of the slowest stage."""
         stages = {block: self._stage(block) for block in set(self._blocks)}
         seconds = np.array([total(stages[block]) for block in self._blocks])
         slowest = np.argmax(seconds, axis=0)[None]
         steps = self._layouts.accumulation
 
-        def of_slowest(part: TimePart) -> Values:
-            of_each = np.array([stages[block][part] for block in self._blocks])
-            return np.asarray(np.take_along_axis(of_each, slowest, axis=0)[0])
+        def of_slowest(of_each: Sequence[Values]) -> Values:
+            return np.asarray(steps * np.take_along_axis(np.array(of_each), slowest, axis=0)[0])
 
-        return {
-            **{part: steps * of_slowest(part) for part in stages[self._blocks[0]]},
+        parts = {
+            **{part: of_slowest([stages[block][part] for block in self._blocks]) for part in stages[self._blocks[0]]},
             TimePart.BUBBLE: seconds.sum(axis=0) - seconds.max(axis=0),
             **self._update(stages),
         }
+        return parts, of_slowest([sum(self._issued(block), np.zeros_like(self._tensor)) for block in self._blocks])
 
     def _layer_collectives(self) -> tuple[Values, Values]:
         """What tensor parallelism adds to one layer's forward and backward pass."""
@@ -273,7 +278,7 @@ class _Pipeline:
             layers * (seconds + count * collective)
             for seconds, count in zip(ISSUE_SECONDS, GATHERS if self._profile.sequence_parallel else SUMS, strict=True)
         )
-        behind = behind + self._layouts.checkpointed * ahead
+        behind = behind + self._layouts.checkpointed * REENTRANT_PASSES * ahead
         outside = (3 * ends + embeds) * collective  # the loss and the head, or the embedding, in each pass
         return ahead + outside, behind + outside
 

@@ -125,6 +125,9 @@ TRANSFORMERS_KERNELS = KernelProfile(
 EAGER_SCORE_BYTES = 26
 """transformers' eager attention: product 2, scaled 4, mask added 4, softmax in fp32 with its casts 14, read again 2."""
 
+SCORE_KERNELS = (4, 6)
+"""Where scores are stored, forward and backward: products, softmax and dropout."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:
@@ -140,20 +143,24 @@ class LayerWork:
     """s."""
     tensor: Values
     """t."""
+    splits_norms: bool = True
+    """Whether tensor parallelism splits the sequence where values are h wide; otherwise each of its ranks has all of
+    them (Korthikanti et al., arXiv:2205.05198, section 4.1)."""
 
     def layer(self, *, backward: bool) -> Parts:
         """One pass of one layer, without communication."""
         sizes = self.kernels.backward_bytes if backward else self.kernels.forward_bytes
         shape, layer = self.shape, self.shape.layers[0]
         widths = (shape.hidden_size, shape.query_width, shape.key_value_width, layer.mlp_width)
-        moved = sum(size * width for size, width in zip(sizes, widths, strict=True)) * self._value_scale
+        shares = (self.tensor if self.splits_norms else 1.0, self.tensor, self.tensor, self.tensor)
+        moved = sum(size * width / share for size, width, share in zip(sizes, widths, shares, strict=True))
         products = sum(
             count * sum(self._passes(out, inner, backward=backward)) for out, inner, count in self.projections()
         )
         return {
             TimePart.MATMUL: np.asarray(products, float),
             TimePart.ATTENTION: self._attention(backward=backward),
-            TimePart.ELEMENTWISE: self.memory(moved * self.tokens / self.tensor) + self._gaps(backward=backward),
+            TimePart.ELEMENTWISE: self.memory(moved * self._value_scale * self.tokens) + self._gaps(backward=backward),
         }
 
     def head(self, *, backward: bool) -> Values:
@@ -221,7 +228,8 @@ class LayerWork:
         passes = 2 if backward else 1
         moved = passes * self._value_scale * self.kernels.score_bytes * square * shape.num_attention_heads
         reached = kernel_rates(self.gpu).matmul_efficiency * peak_flops(self.gpu, self.precision)
-        return memory_seconds(self.gpu, moved) + passes * 4 * square * shape.query_width / reached
+        started = SCORE_KERNELS[backward] * kernel_rates(self.gpu).launch_seconds
+        return started + memory_seconds(self.gpu, moved) + passes * 4 * square * shape.query_width / reached
 
 
 def flops_per_token(shape: DecoderShape, length: NDArray[np.generic]) -> Values:

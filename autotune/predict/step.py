@@ -13,11 +13,17 @@ from autotune.predict.kernels import Values
 from autotune.predict.network import Counts, Group, Network
 from autotune.predict.roofline import Parts, TimePart, total
 
-ISSUE_SECONDS = (0.86e-3, 0.84e-3)
-"""For the processor to issue one decoder layer in eager PyTorch, forward and backward. Measured by
-`benchmarks/fit_kernels.py` on 2026-11-24: transformers 5.23, Qwen3 with sdpa, tensors too small to count, torch 2.13 on
-one core of an AMD EPYC virtual machine; 92 ATen operators forward and 178 backward. Fused kernels save operators, and
-Python functions around them cost as much, so that other libraries are taken to need the same."""
+ISSUE_SECONDS = (0.87e-3, 1.26e-3)
+"""For the processor to issue one decoder layer in eager PyTorch, forward and backward. Qwen's documentation has
+transformers on A100 generate 40.9 tokens/s with Qwen2-1.5B, 49.9 with 0.5B, 39.7 and 47.4 with Qwen2.5's, whatever the
+context, which is 0.83 to 0.90 ms a layer and token (with Qwen3 on H20, 0.60). Backward is 1.45 times as long, by
+`benchmarks/fit_kernels.py` on 2026-11-24, the median of seven runs: transformers 5.23, Qwen3 with sdpa, tensors too
+small to count, torch 2.13 on one core of an AMD EPYC virtual machine; 92 ATen operators forward and 178 backward. Fused
+kernels save operators, and Python functions around them cost as much, so that other libraries are taken to need the
+same."""
+REENTRANT_PASSES, HOOKED_PASSES = 1.93, 4.42
+"""In how many forward passes' time recomputing a checkpointed layer is issued, with a backward pass inside
+the backward pass (Megatron-LM) and with hooks on saved tensors (`use_reentrant=False`, our own). The same runs."""
 OPERATOR_SECONDS = 10e-6
 """One operator of these, forward."""
 ADAM_BYTES = 46
@@ -48,6 +54,9 @@ class StepTimes:
     flops_per_token: Values
     peak_flops: Values
     """NaN where it is not known."""
+    issue_seconds: Values | None = None
+    """That the processor needs to issue the micro-batches' kernels; `TimePart.LAUNCH` is what of it they do not hide.
+    None where that part is a cost for itself."""
 
     @property
     def step_seconds(self) -> Values:
@@ -71,6 +80,7 @@ class StepTimes:
             self.tokens_per_gpu[which],
             self.flops_per_token[which],
             self.peak_flops[which],
+            None if self.issue_seconds is None else self.issue_seconds[which],
         )
 
     def at(self, index: int) -> TimePrediction:

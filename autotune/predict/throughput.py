@@ -50,6 +50,7 @@ from autotune.predict.shape import DecoderShape
 from autotune.predict.step import (
     ADAM_BYTES,
     BUCKET_BYTES,
+    HOOKED_PASSES,
     ISSUE_SECONDS,
     OPERATOR_SECONDS,
     StepTimes,
@@ -84,18 +85,19 @@ def predict_trials(
     """
     count = len(trials.gpus)
     parts = {part: np.zeros(count) for part in TimePart}
-    peak = np.zeros(count)
+    peak, issue = np.zeros(count), np.zeros(count)
     kinds = np.stack([trials.engine, trials.precision, trials.attention], axis=1)
     for engine, precision, attention in np.unique(kinds, axis=0).tolist():
         chosen = (kinds == (engine, precision, attention)).all(axis=1)
         profile = replace(kernels, score_bytes=EAGER_SCORE_BYTES) if attention == "eager" else kernels
-        found = _Sharded(shape, trials[chosen], cluster, profile, engine, precision).parts()
-        for part, seconds in found.items():
+        some = _Sharded(shape, trials[chosen], cluster, profile, engine, precision)
+        for part, seconds in some.parts().items():
             parts[part][chosen] = seconds
+        issue[chosen] = trials.accumulation[chosen] * some.issued()
         peak[chosen] = peak_flops(cluster.gpu, precision)
     sharing = trials.tensor * trials.sequence * trials.stages
     tokens = trials.real * trials.micro_batch * trials.length * trials.accumulation / sharing
-    return StepTimes(parts, tokens, flops_per_token(shape, trials.length), peak)
+    return StepTimes(parts, tokens, flops_per_token(shape, trials.length), peak, issue)
 
 
 class _Sharded:
@@ -146,7 +148,7 @@ class _Sharded:
         compute[TimePart.ELEMENTWISE] = compute[TimePart.ELEMENTWISE] + work.memory(casts)
         compute[TimePart.ACCUMULATION] = work.memory(sums)
         compute[TimePart.PIPELINE_TRANSFER] = self._transfer()
-        compute[TimePart.LAUNCH] = np.maximum(self._issued() - total(compute), 0)
+        compute[TimePart.LAUNCH] = np.maximum(self.issued() - total(compute), 0)
         result = {part: steps * seconds for part, seconds in compute.items()}
         result[TimePart.BUBBLE] = (trials.stages - 1) * trials.idle * total(compute)
         forward = stretch(compute) * total(self._forward)
@@ -195,12 +197,12 @@ class _Sharded:
         sums = np.where((self._trials.zero_stage == 0) & ddp, 18, 3 * self._value) * self._parameters
         return casts + np.zeros_like(sums), sums
 
-    def _issued(self) -> Values:
+    def issued(self) -> Values:
         """Seconds that the processor needs to issue one micro-batch."""
         hooks = 2 * ZERO_3_OPERATORS * OPERATOR_SECONDS * (self._trials.zero_stage == 3) * self._deepspeed
         trials = self._trials
         sharded = (4 * (trials.tensor > 1) + 4 * (trials.sequence > 1)) * OPERATOR_SECONDS
-        passes = 1 + np.maximum(trials.recomputed, trials.keeps_products)
+        passes = 1 + HOOKED_PASSES * np.maximum(trials.recomputed, trials.keeps_products)
         layer = (ISSUE_SECONDS[0] + sharded) * passes + ISSUE_SECONDS[1] + sharded + hooks
         return np.asarray(self._layers * layer)
 

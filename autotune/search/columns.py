@@ -1,13 +1,10 @@
 """A plan's candidates as the posterior takes them: what is predicted of each, and how alike they are."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from autotune.predict.plan import Plan
-from autotune.predict.roofline import TimePart
-from autotune.search.expected_improvement import Candidates, step_unknowns
+from autotune.search.expected_improvement import Candidates, step_columns
 from autotune.space.space import Space
 
 UNKNOWN_DEVIATION = 1.0
@@ -19,18 +16,17 @@ def candidates_of(plan: Plan, left: NDArray[np.int64]) -> Candidates:
     space, count = plan.space, len(left)
     used, deviations = plan.device_used_bytes[left], plan.deviations[left]
     unknown = np.isnan(used)
-    shares, unknowns, throughput = np.zeros((count, 0)), np.zeros((0, 0)), np.ones(count)
+    shares, unknowns, issued, throughput = np.zeros((count, 0)), np.zeros((0, 0)), None, np.ones(count)
     if plan.times is not None:
-        parts: Sequence[TimePart] = list(plan.times.parts)
         times = plan.times.of(left)
-        seconds = np.stack([times.parts[part] for part in parts], axis=1)
-        shares, unknowns = seconds / times.step_seconds[:, None], step_unknowns(parts)
+        shares, unknowns, issued = step_columns(times)
         throughput = times.tokens_per_second_per_gpu
     return Candidates(
         features=features_of(space)[left],
         throughput=throughput,
         shares=shares,
         unknowns=unknowns,
+        issued=issued,
         peak_bytes=np.where(unknown, 0.5 * space.usable_bytes, used),
         peak_deviation=np.where(unknown, UNKNOWN_DEVIATION, deviations),
         capacity_bytes=space.usable_bytes,

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from scipy.special import erfcx, log_ndtr, ndtr, ndtri
 
 from autotune.predict.roofline import TimePart
-from autotune.search.posterior import LENGTH, Evidence, Floats, Indices, Model, Posterior, Values, axis_columns
+from autotune.predict.step import StepTimes
+from autotune.search.posterior import LENGTH, Evidence, Floats, Indices, Issued, Model, Posterior, Values, axis_columns
 
 # Widths of the prior. All are judgement, none is a fit; but the form of the model, and one floor, were changed after
 # looking at replays of measured sweeps (benchmarks/README.md).
@@ -60,6 +61,17 @@ NETWORK = (
     TimePart.GRADIENT_REDUCTION,
     TimePart.PARAMETER_GATHER,
 )
+_BY_MICRO_BATCH = (
+    TimePart.MATMUL,
+    TimePart.ATTENTION,
+    TimePart.ELEMENTWISE,
+    TimePart.LOGITS,
+    TimePart.ACCUMULATION,
+    TimePart.RECOMPUTATION,
+    TimePart.TENSOR_PARALLEL,
+    TimePart.PIPELINE_TRANSFER,
+)
+"""What the device works on while the processor issues more of it."""
 _ROUNDS = 4
 _MOST_ROWS = 256
 """Observations of throughput that are kept: the best half of them, and evenly of the rest."""
@@ -83,6 +95,8 @@ class Candidates:
     """(N, K) of the parts of the predicted step; K = 0 where it has none."""
     unknowns: Values
     """(K, U): by how much the logarithm of what a part takes moves for one standard deviation of each unknown."""
+    issued: Issued | None = None
+    """None where all parts add up as they are."""
     peak_bytes: Values
     """(N,) predicted."""
     peak_deviation: Values
@@ -181,6 +195,7 @@ class ExpectedImprovement:
             candidates.unknowns,
             AXIS_DEVIATION * axes,
             np.full(count, LOCAL_DEVIATION),
+            candidates.issued,
         )
         common, by_axis, local = np.sqrt(MEMORY_SHARES)
         by_axis /= np.sqrt(max(candidates.features.shape[1], 1))
@@ -207,8 +222,8 @@ class ExpectedImprovement:
     def expect(self, observed: Sequence[Observed], rows: Indices | None = None) -> Expectation:
         """What is believed of candidates, by default of all; before anything was observed, predictions and widths.
 
-        For people, who ask how far off it may be; proposals take the most probable widths for granted, which moves on
-        sooner from what was wrong.
+        For people, who ask how far off it may be; proposals take the most probable widths for granted, and what is
+        late to add up with the rest, which moves on sooner from what was very wrong.
         """
         wanted = np.arange(len(self._log_throughput)) if rows is None else rows
         return _View(self, observed, [], averaged=True).expectation(wanted)
@@ -503,6 +518,29 @@ def sampled(tried: Sequence[Observed]) -> tuple[Indices, Values, Values]:
 def _between(median: Values, deviation: Values, coverage: float) -> tuple[Values, Values]:
     reach = np.exp(float(ndtri(0.5 + coverage / 2)) * deviation)
     return median / reach, median * reach
+
+
+def step_columns(times: StepTimes) -> tuple[Values, Values, Issued | None]:
+    """`Candidates.shares, unknowns, issued` of predicted steps.
+
+    A pipeline's bubble is so many times a micro-batch, and so a part of whatever a micro-batch takes.
+    """
+    parts, whole = list(times.parts), times.step_seconds
+    shares = np.stack([seconds / whole for seconds in times.parts.values()], axis=1)
+    hides = np.array([part in _BY_MICRO_BATCH for part in parts])
+    late, bubble = (parts.index(part) if part in parts else None for part in (TimePart.LAUNCH, TimePart.BUBBLE))
+    if late is None or times.issue_seconds is None:
+        return shares, step_unknowns(parts), None
+    # Of a pipeline's stage one pass may wait while the other hides its own: what waits, waits.
+    working = shares @ hides + shares[:, late]
+    issued = np.where(shares[:, late] > 0, working, times.issue_seconds / whole)
+    if bubble is not None:
+        longer = 1 + shares[:, bubble] / working
+        shares[:, hides] *= longer[:, None]
+        shares[:, late] *= longer
+        shares[:, bubble] = 0.0
+        issued *= longer
+    return shares, step_unknowns(parts), Issued(issued, late, hides)
 
 
 def step_unknowns(parts: Sequence[TimePart]) -> Values:

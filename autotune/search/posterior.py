@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
-from scipy.special import log_ndtr
+from scipy.special import log_ndtr, ndtr
 
 Values = NDArray[np.float64]
 Floats = NDArray[np.float32] | NDArray[np.float64]
@@ -42,29 +42,63 @@ _BOUND_ROWS = 32
 """Observations that bound a variance from above: the fewer are known, the larger it is."""
 
 
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """What a processor issues while a device works: of the two the longer counts, and one part is by how much."""
+
+    shares: Values
+    """(N,) of the predicted step that the processor needs."""
+    late: int
+    """The part that is what the device waits for."""
+    hides: NDArray[np.bool_]
+    """(K,) the parts that the device works on meanwhile."""
+
+
 class Model:
     """A prior over the residuals of all candidates: a bias, parts of the step, effects of axes, and a local part."""
 
-    def __init__(self, bias: Values, shares: Values, unknowns: Values, axes: Values, local: Values) -> None:
+    def __init__(
+        self, bias: Values, shares: Values, unknowns: Values, axes: Values, local: Values, issued: Issued | None = None
+    ) -> None:
         self.bias = bias[:, None].astype(np.float32)
         self.shares = shares.astype(np.float32)
         self.axes = axes.astype(np.float32)
         self.local = local.astype(np.float32)
         self.unknowns = unknowns.astype(np.float32)
+        self.issued = issued
 
-    def linear(self, rows: Indices | slice, scales: Values) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def linear(self, rows: Indices | slice, belief: "Belief") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Offset (B,) and columns (B, P), such that a residual is the offset + columns @ standard normal unknowns.
 
-        The step takes sum_k share_k·exp(s_k); this is its tangent at `scales` (K,), as in an extended Kalman filter.
+        The step takes sum_k share_k·exp(s_k); this is its tangent at the scales, as in an extended Kalman filter.
         """
+        scales = belief.scales
         bias, axes = self.bias[rows], self.axes[rows]
         if not len(scales):
             return np.zeros(len(bias), np.float32), np.hstack([bias, axes])
         scaled = self.shares[rows] * np.exp(scales).astype(np.float32)
+        growths = scaled if self.issued is None or belief.adds_up else self._wait(self.issued, rows, scaled, scales)
         total = scaled.sum(axis=1)
-        slopes = -scaled / total[:, None]
+        slopes = -growths / total[:, None]
         offset = -np.log(total) - slopes @ scales.astype(np.float32)
         return offset, np.hstack([bias, slopes @ self.unknowns, axes])
+
+    def _wait(
+        self, issued: Issued, rows: Indices | slice, scaled: NDArray[np.float32], scales: Values
+    ) -> NDArray[np.float32]:
+        """Set in `scaled` (B, K) what the device waits for its processor; by how much the step grows with each scale.
+
+        Which of the two is late is as uncertain as how fast the processor is: the step grows with what either takes as
+        probably as it is the later one.
+        """
+        needed = issued.shares[rows].astype(np.float32) * np.exp(np.float32(scales[issued.late]))
+        busy = scaled @ issued.hides.astype(np.float32)
+        scaled[:, issued.late] = np.maximum(needed - busy, 0)
+        deviation = float(np.linalg.norm(self.unknowns[issued.late]))
+        waits = ndtr(np.log(np.maximum(needed, 1e-12) / np.maximum(busy, 1e-12)) / deviation).astype(np.float32)
+        growths = scaled * (1 - waits[:, None] * issued.hides)
+        growths[:, issued.late] = waits * needed
+        return np.asarray(growths, np.float32)
 
     def condition(
         self, evidence: "Evidence", correlation: Values, rounds: int, *, averaged: bool = False
@@ -75,7 +109,8 @@ class Model:
             evidence: the observations.
             correlation: of their local parts (M, M).
             rounds: of choosing the widths, the tangent, and what to doubt.
-            averaged: how uncertain widths are counts in the deviations, which few observations would leave too small.
+            averaged: how uncertain widths are counts in the deviations, which few observations would leave too small,
+                and of device and processor the later one makes the step.
         """
         at, values = evidence.at, evidence.values
         belief = Belief(np.ones(4), np.zeros(self.shares.shape[1]), np.zeros(len(at)))
@@ -87,8 +122,8 @@ class Model:
         for step in range(rounds if len(sample) else 0):
             if step:
                 posterior = Posterior(self, evidence, correlation, belief)
-                belief = replace(belief, scales=posterior.scales(), doubt=posterior.doubt())
-            offset, columns = (found.astype(float) for found in self.linear(at, belief.scales))
+                belief = replace(belief, scales=posterior.scales(), doubt=posterior.doubt(), adds_up=not averaged)
+            offset, columns = (found.astype(float) for found in self.linear(at, belief))
             common, axes = np.split(columns, [1 + self.unknowns.shape[1]], axis=1)
             parts = [(common @ common.T)[inside], (axes @ axes.T)[inside], whole[inside]]
             deviations = evidence.deviations[sample]
@@ -142,6 +177,9 @@ class Belief:
     """Logarithms, of what the parts of a step really take (K,)."""
     doubt: Values
     """Variance of each observation beyond its noise (M,)."""
+    adds_up: bool = True
+    """What is late adds to the rest of a step whatever that takes. A tangent sees nothing of a part that something else
+    hides until it has grown, so that a network ten times slower than predicted is found this way."""
 
 
 class Posterior:
@@ -155,7 +193,7 @@ class Posterior:
         self._model, self._at, self.belief = model, at, belief
         self._scale = np.where(np.arange(count) < split, common, axes).astype(np.float32) ** 2
         self._multiple = np.float32(local**2)
-        offset, columns = model.linear(at, belief.scales)
+        offset, columns = model.linear(at, belief)
         self._columns = columns
         wide, near = columns.astype(float), model.local[at].astype(float)
         covariance = (wide * self._scale) @ wide.T + local**2 * np.outer(near, near) * correlation
@@ -210,7 +248,7 @@ class Posterior:
             local: what the local parts of the observations say of the candidates' (B,).
             bound: instead of the deviation itself.
         """
-        offset, columns = self._model.linear(rows, self.belief.scales)
+        offset, columns = self._model.linear(rows, self.belief)
         near = self._model.local[rows]
         mean = offset + columns @ self._linear_weights + near * local
         prior = columns**2 @ self._scale + self._multiple * near**2

@@ -150,6 +150,19 @@ class TestLayouts:
         )
         assert across > inside
 
+    def test_norms_are_split_with_sequence_parallelism_alone(self) -> None:
+        """Of a model whose MLP and heads are small beside h, another rank halves the time or saves little."""
+        shape = read_shape("llama", LLAMA | {"intermediate_size": 64, "num_attention_heads": 8, "head_dim": 8})
+        layouts = [
+            replace(PLAIN, tensor_parallel_size=size, data_parallel_size=8 // size, micro_batch_size=16)
+            for size in (1, 2)
+        ]
+        for profile, least, most in (("nanotron", 0.5, 0.6), ("megatron", 0.9, 1.0)):
+            one, two = (
+                times(layout, profile=profile, shape=shape).at(0).breakdown[TimePart.ELEMENTWISE] for layout in layouts
+            )
+            assert least < two / one < most
+
     def test_zero_1_reduces_after_the_backward_pass_and_updates_a_share(self) -> None:
         zero_0, zero_1 = (of(replace(PLAIN, zero_stage=stage)).breakdown for stage in (0, 1))
         assert zero_1[TimePart.GRADIENT_REDUCTION] > zero_0[TimePart.GRADIENT_REDUCTION]

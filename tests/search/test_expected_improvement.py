@@ -11,9 +11,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from autotune.predict.roofline import TimePart
+from autotune.predict.step import StepTimes
 from autotune.search import expected_improvement as module
 from autotune.search import posterior
-from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, Proposal, step_unknowns
+from autotune.search.expected_improvement import (
+    Candidates,
+    ExpectedImprovement,
+    Observed,
+    Proposal,
+    step_columns,
+    step_unknowns,
+)
 
 Values = NDArray[np.float64]
 CAPACITY = 80e9
@@ -329,6 +337,54 @@ def test_unknowns_of_a_step_are_shared_by_what_they_slow_down() -> None:
         TimePart.PARAMETER_GATHER,
     }
     assert (np.diag(unknowns[:, 3:]) > 0).all()
+
+
+def steps_of(work: Values, issue: Values, update: float = 1.0, bubble: float = 0.0) -> StepTimes:
+    """A device that works so long on micro-batches that take the processor so long to issue."""
+    parts = {
+        TimePart.MATMUL: work,
+        TimePart.LAUNCH: np.maximum(issue - work, 0),
+        TimePart.BUBBLE: bubble * np.maximum(issue, work),
+        TimePart.OPTIMIZER: np.full_like(work, update),
+    }
+    known = np.ones_like(work)
+    return StepTimes(parts, known, known, known, issue)
+
+
+@pytest.mark.parametrize("bubble", [0.0, 0.5])
+def test_a_slow_processor_is_learned_where_it_is_late_and_known_where_it_was_not(bubble: float) -> None:
+    work, issue = np.exp2(np.arange(-4.0, 6.0)), np.full(10, 1.0)
+    shares, unknowns, issued = step_columns(steps_of(work, issue, bubble=bubble))
+    predicted = 1 / steps_of(work, issue, bubble=bubble).step_seconds
+    same = np.ones(10)
+    search = ExpectedImprovement(
+        Candidates(
+            features=np.log2(work)[:, None],
+            throughput=predicted,
+            shares=shares,
+            unknowns=unknowns,
+            issued=issued,
+            peak_bytes=same,
+            peak_deviation=0.01 * same,
+            capacity_bytes=2.0,
+            cost=same,
+        )
+    )
+    np.testing.assert_allclose(search.expect([]).throughput, predicted, rtol=1e-5)
+    real = 1 / steps_of(work, 1.8 * issue, bubble=bubble).step_seconds
+    # The two that are latest, and two whose work hides it: between them what was hidden is now late.
+    seen = [Observed(candidate=at, throughput=float(real[at])) for at in (0, 1, 8, 9)]
+    expected = search.expect(seen).throughput
+    between = work == 1.0  # predicted to be in balance
+    assert expected[between] < 0.85 * predicted[between]
+    np.testing.assert_allclose(expected, real, rtol=0.12)
+
+
+def test_parts_add_up_where_nothing_is_issued_beside_them() -> None:
+    times = replace(steps_of(np.ones(3), np.full(3, 2.0)), issue_seconds=None)
+    shares, _, issued = step_columns(times)
+    assert issued is None
+    np.testing.assert_allclose(shares.sum(axis=1), 1.0)
 
 
 @pytest.mark.parametrize("finished", [0, 1, 300])
