@@ -114,7 +114,9 @@ def mean_loss(rank: int, trial: TrialRequest) -> float:
     return loss.item()
 
 
-@pytest.mark.parametrize(("engine", "zero_stage"), [("deepspeed", 2), ("pytorch", 3)])
+@pytest.mark.parametrize(
+    ("engine", "zero_stage"), [pytest.param("deepspeed", 2, marks=pytest.mark.slow), ("pytorch", 3)]
+)
 def test_sharded_engines_take_the_same_inputs(ranks: Ranks, engine: str, zero_stage: int) -> None:
     def losses(batching: Batching) -> list[float]:
         found = trial(engine, zero_stage=zero_stage, batching=batching)
