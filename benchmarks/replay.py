@@ -1,6 +1,7 @@
 """How many launches does a sampler need? Replays measured grids: whatever it proposes was run once, by someone else.
 
     python benchmarks/replay.py --grid FILE.csv [--samplers plan,tpe,gp,random] [--seeds N] [--budget 30] [--json]
+    python benchmarks/replay.py --grid FILE.csv --after 8 [--then 64] [--launches 15] [--budget 30] [--json]
 
 FILE has the columns of `nanotron_bench_final2.csv`, the Ultra-Scale Playbook's sweep. A scenario is (model, key heads,
 vocabulary, GPUs) at a global batch of 256 with at least 50 configs, ten of which ran. Of a config's repeats the one
@@ -18,6 +19,10 @@ and seeds, and a run that never gets there within the budget counts as longer th
   the worst value, proposals outside the grid or already launched redrawn and, after some redraws, replaced at random.
   They know no predictions; `tpe-told` is offered the same candidates as `plan`, less what is predicted not to fit.
 - `random`: uniform without replacement.
+
+With `--after 8` each scenario of more GPUs (or of `--then` GPUs alone) of which there is one of eight GPUs is searched
+by `plan` as it is, and by `plan-after-8`, which first has what `--launches` launches of `plan` there have taught; and
+how far off the throughputs are that are expected of all configs before the first launch, with and without that.
 """
 
 import argparse
@@ -26,7 +31,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,8 +46,9 @@ from threadpoolctl import threadpool_limits
 from autotune.predict.cases import MEMORY_HEADROOM
 from autotune.predict.layout_times import STEP_PROFILES, Layouts, predict_layouts
 from autotune.predict.layouts import TRAINER_PROFILES, Layout, impossible, predict_layout
+from autotune.predict.roofline import TimePart
 from autotune.predict.shape import DecoderShape, read_shape
-from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, step_columns
+from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed, network_parts, step_columns
 from autotune.search.samplers import SamplerName, build_sampler
 from autotune.units import GIB
 
@@ -117,6 +123,11 @@ class Sweep:
 
     name: str
     rows: list[Row]
+
+    @property
+    def gpus(self) -> int:
+        """Of every config."""
+        return int(float(self.rows[0]["n_gpus"]))
 
     @cached_property
     def throughput(self) -> Values:
@@ -250,9 +261,16 @@ Search = Callable[[Scenario, int, int], Launches]
 """Scenario, seed and budget to the configs launched, in order."""
 
 
-def search_plan(scenario: Scenario, seed: int, budget: int) -> Launches:
-    """Expected improvement over the predictions."""
-    search, observed, launched = ExpectedImprovement(scenario.candidates), list[Observed](), list[int]()
+def search_plan(
+    scenario: Scenario,
+    seed: int,
+    budget: int,
+    candidates: Candidates | None = None,
+    lessons: Sequence[Observed] = (),
+) -> Launches:
+    """Expected improvement over the predictions; over `candidates` with earlier `lessons`, where there are any."""
+    search = ExpectedImprovement(scenario.candidates if candidates is None else candidates)
+    observed, launched = list(lessons), list[int]()
     for _ in range(budget):
         proposal = search.propose(observed)
         if proposal is None:
@@ -261,6 +279,54 @@ def search_plan(scenario: Scenario, seed: int, budget: int) -> Launches:
         launched.append(index)
         observed.append(scenario.observed(proposal.candidate, index, seed))
     return launched
+
+
+def taught(before: Sweep, scenario: Sweep, launches: int) -> tuple[Candidates, list[Observed]]:
+    """The candidates of a scenario with what so many launches of `plan` on fewer GPUs have run and taught."""
+    ran = search_plan(before, 0, launches)
+    places = [int(np.searchsorted(before.startable, index)) for index in ran]
+    given, known = scenario.candidates, before.candidates.only(np.array(places, np.int64))
+    lessons = [
+        replace(before.observed(place, index, 0), candidate=len(given.throughput) + row)
+        for row, (place, index) in enumerate(zip(places, ran, strict=True))
+    ]
+    # Eight GPUs share a node: its links say nothing of the network between nodes.
+    elsewhere = np.full(len(ran), before.gpus <= 8 < scenario.gpus)
+    return given.before(known, network_parts(list(TimePart)), elsewhere), lessons
+
+
+def search_after(earlier: dict[str, Sweep], launches: int) -> Search:
+    """Expected improvement that begins with what was `taught`.
+
+    Args:
+        earlier: by the name of a scenario, the one that came before it.
+        launches: there, by the same sampler.
+    """
+
+    def search(scenario: Scenario, seed: int, budget: int) -> Launches:
+        assert isinstance(scenario, Sweep)
+        return search_plan(scenario, seed, budget, *taught(earlier[scenario.name], scenario, launches))
+
+    return search
+
+
+def first_errors(scenarios: Sequence[Sweep], earlier: dict[str, Sweep], launches: int) -> dict[str, list[float]]:
+    """Median error of the throughput that is expected of all configs before any of them is launched, of those that ran:
+    as predicted, and after what was `taught`. By the name of the scenario.
+    """
+    found = {}
+    for scenario in scenarios:
+        measured = scenario.throughput[scenario.startable]
+        rows = np.flatnonzero(measured)
+        errors = []
+        for candidates, lessons in (
+            (scenario.candidates, list[Observed]()),
+            taught(earlier[scenario.name], scenario, launches),
+        ):
+            expected = ExpectedImprovement(candidates).expect(lessons, rows).throughput
+            errors.append(round(float(np.median(np.abs(expected / measured[rows] - 1))), 4))
+        found[scenario.name] = errors
+    return found
 
 
 def search_random(scenario: Scenario, seed: int, budget: int) -> Launches:
@@ -402,6 +468,17 @@ def show(report: dict[str, Any], gates: dict[str, float] = GATES) -> None:
     print(f"\n{report['scenarios']} scenarios, {report['configs']} configs; gates of plan: {report.get('gates')}")
 
 
+def _before(scenarios: Sequence[Sweep], gpus: int, then: int | None) -> dict[str, Sweep]:
+    """By the name of each scenario on more GPUs, the one of the same model on `gpus`."""
+    models = {scenario.name: scenario.name.rsplit(" ", 1)[0] for scenario in scenarios}
+    first = {models[one.name]: one for one in scenarios if one.gpus == gpus}
+    return {
+        one.name: first[models[one.name]]
+        for one in scenarios
+        if models[one.name] in first and one.gpus > gpus and then in (None, one.gpus)
+    }
+
+
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -409,6 +486,9 @@ def main() -> None:
     parser.add_argument("--samplers", default="plan,tpe,gp,random", help=f"of {', '.join(SAMPLERS)}")
     parser.add_argument("--seeds", type=int, default=3, help="of samplers that draw")
     parser.add_argument("--budget", type=int, default=30, help="launches")
+    parser.add_argument("--after", type=int, metavar="GPUS", help="begin with what was learnt on so many")
+    parser.add_argument("--then", type=int, metavar="GPUS", help="with --after: search scenarios of so many alone")
+    parser.add_argument("--launches", type=int, default=15, help="with --after: on those")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
     samplers = arguments.samplers.split(",")
@@ -421,8 +501,18 @@ def main() -> None:
         scenarios = read_scenarios(csv.DictReader(file))
     if not scenarios:
         parser.error(f"{arguments.grid}: has no scenario with {SMALLEST_SCENARIO} configs of which ten ran")
+    known, earlier = SAMPLERS, dict[str, Sweep]()
+    if arguments.after is not None:
+        earlier = _before(scenarios, arguments.after, arguments.then)
+        if not earlier:
+            parser.error(
+                f"--after {arguments.after}: {arguments.grid} has no scenario of that many GPUs with a larger one"
+            )
+        scenarios = [scenario for scenario in scenarios if scenario.name in earlier]
+        after = f"plan-after-{arguments.after}"
+        known, samplers = SAMPLERS | {after: (search_after(earlier, arguments.launches), False)}, ["plan", after]
     with threadpool_limits(limits=1, user_api="blas"):  # as `autotune.search.plan_sampler` holds it
-        found = replay(scenarios, samplers, arguments.seeds, arguments.budget)
+        found = replay(scenarios, samplers, arguments.seeds, arguments.budget, known)
     report: dict[str, Any] = {
         "grid": arguments.grid.name,
         "scenarios": len(scenarios),
@@ -434,6 +524,11 @@ def main() -> None:
     if "plan" in report["samplers"]:
         report["gates"] = judge(report["samplers"]["plan"])
     show(report)
+    if arguments.after is not None:
+        report["first_errors"] = first_errors(scenarios, earlier, arguments.launches)
+        print("median error of expected throughputs before the first launch, as predicted and as taught")
+        for name, (alone, after_it) in report["first_errors"].items():
+            print(f"  {name:<32} {alone:.1%}  {after_it:.1%}")
     if arguments.json:
         print(json.dumps(report))
 

@@ -78,6 +78,7 @@ def tune(
     from autotune.predict.remedies import remedies, require_feasible, underestimate
     from autotune.report.documents import remedies_document, study_document
     from autotune.report.terminal import Progress, Tracing, result_panel
+    from autotune.search.earlier import earlier_trials
     from autotune.search.runner import LauncherName, run_study
     from autotune.search.samplers import SamplerName
     from autotune.search.sensitivity import find_sensitivity
@@ -99,15 +100,18 @@ def tune(
             plan = plan_memory(space, on_traced)
             require_feasible(plan, on_traced)
         study = Study.open(space, database, plan)
+        earlier = earlier_trials(database, plan) if sampler is Sampler.PLAN else None
+        if earlier is not None:
+            talk.print(earlier.words, style="dim", soft_wrap=True)
         with Progress(study, talk) as progress:
             study.observers += [progress, StudyMetrics(study)]
             try:
-                run_study(study, SamplerName(sampler), folder / "logs", seed, LauncherName(launcher), plan)
+                run_study(study, SamplerName(sampler), folder / "logs", seed, LauncherName(launcher), plan, earlier)
             except (KeyboardInterrupt, StoreError):
                 if lease.lost:
                     raise _taken_over(study) from None
                 raise
-        if study.sensitivity is None and (found := find_sensitivity(study, plan)) is not None:
+        if study.sensitivity is None and (found := find_sensitivity(study, plan, earlier)) is not None:
             study.keep_sensitivity(found)
         artifacts = export_best(study, folder)
     advice = None

@@ -109,10 +109,14 @@ class Plan:
             return None
         if np.isnan(self.device_used_bytes[at]):
             return None
+        time = None if self.times is None else self.times.at(at)
+        issued = None if self.times is None or self.times.issue_seconds is None else self.times.issue_seconds[at]
         return Prediction(
             device_used_bytes=round(float(self.device_used_bytes[at])),
             deviation=float(self.deviations[at]),
-            tokens_per_second_per_gpu=None if self.times is None else self.times.at(at).tokens_per_second_per_gpu,
+            tokens_per_second_per_gpu=None if time is None else time.tokens_per_second_per_gpu,
+            parts=None if time is None else {part.value: seconds for part, seconds in time.breakdown.items()},
+            issue_seconds=None if issued is None else float(issued),
         )
 
 

@@ -20,10 +20,11 @@ Left out: noise of the best measurement so far (confirmation is for that), and l
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 from scipy.special import erfcx, log_ndtr, ndtr, ndtri
 
 from autotune.predict.roofline import TimePart
@@ -50,6 +51,8 @@ MEMORY_SHARES = (0.5, 0.25, 0.25)
 """Of the variance of a memory prediction: bias, axes together, combinations. Errors of a formula are mostly common."""
 MEMORY_NOISE = 0.02
 """Of a measured peak: the allocator's rounding."""
+EARLIER_DEVIATION, EARLIER_MEMORY_DEVIATION = 0.1, 0.03
+"""Of what an earlier study measured as a measure of the same deviation from the prediction here, beyond its noise."""
 FAILURE_RATE, FAILURE_STRENGTH = 0.05, 1.0
 """Of trials that fail for no known reason; and after how many trials' worth of doubt neighbours outweigh it."""
 LEAST_FIT_PROBABILITY = 1e-3
@@ -72,9 +75,14 @@ _BY_MICRO_BATCH = (
     TimePart.PIPELINE_TRANSFER,
 )
 """What the device works on while the processor issues more of it."""
+Row = TypeVar("Row")
+
+_COLUMNS = ("features", "throughput", "shares", "peak_bytes", "peak_deviation", "cost")
 _ROUNDS = 4
 _MOST_ROWS = 256
 """Observations of throughput that are kept: the best half of them, and evenly of the rest."""
+_EARLIER_ROWS = 64
+"""The same of earlier studies, evenly."""
 _NEAR_ROWS = 128
 """Observations of memory that are kept: those next to the capacity, which decide."""
 MOST_TRIED = 512
@@ -105,6 +113,40 @@ class Candidates:
     """What a candidate may use."""
     cost: Values
     """(N,) of a trial, in any unit."""
+    offered: int | None = None
+    """The first so many may be proposed, None: all. The others are configs that earlier studies ran on equal hardware,
+    perhaps of another model, length or number of GPUs: what was observed of them teaches, but less surely."""
+
+    def only(self, rows: Indices) -> "Candidates":
+        """Some of them."""
+        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _COLUMNS}
+        issued = self.issued and replace(self.issued, shares=self.issued.shares[rows])
+        return replace(self, **columns, issued=issued)
+
+    def before(self, earlier: "Candidates", network: Sequence[int], elsewhere: NDArray[np.bool_]) -> "Candidates":
+        """With configs of earlier studies behind them, which are not offered.
+
+        Args:
+            earlier: M configs.
+            network: which of the K parts are of the network.
+            elsewhere: (M,) those that ran on another one, inside a node or between nodes where these do not: how slow
+                it is says nothing here, so that its parts are parts of their own.
+        """
+        network = list(network)
+        own = np.hstack([self.shares, np.zeros((len(self.shares), len(network)))])
+        moved = earlier.shares[:, network] * elsewhere[:, None]
+        theirs = earlier.shares.copy()
+        theirs[:, network] -= moved
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(self, name), getattr(earlier, name)]) for name in _COLUMNS
+        }
+        joined["shares"] = np.concatenate([own, np.hstack([theirs, moved])])
+        unknowns, issued = block_diag(self.unknowns, self.unknowns[network]), None
+        if self.issued is not None and earlier.issued is not None:
+            needed = np.concatenate([self.issued.shares, earlier.issued.shares])
+            hides = np.concatenate([self.issued.hides, self.issued.hides[network]])
+            issued = Issued(needed, self.issued.late, hides)
+        return replace(self, **joined, unknowns=unknowns, issued=issued, offered=len(self.throughput))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +289,10 @@ class _View:
         self._taken = np.zeros(len(given.throughput), bool)
         self._taken[[one.candidate for one in observed]] = True
         self._taken[pending] = True
-        measured = [one for one in observed if one.throughput is not None]
+        self._offered = len(self._taken) if given.offered is None else given.offered
+        self._taken[self._offered :] = True
+        own = [one for one in observed if one.candidate < self._offered]
+        measured = [one for one in own if one.throughput is not None]
         eligible = [
             one.throughput
             for one in measured
@@ -258,13 +303,13 @@ class _View:
         self._front = Front.of(measured, given.capacity_bytes) if trades else None
 
         timed, sized = self._timed(observed), self._sized(observed)
-        tried = [one for one in observed if one.failed or one.throughput is not None or one.at_most is not None]
+        tried = [one for one in own if one.failed or one.throughput is not None or one.at_most is not None]
         where, self._stands_for, self._failed = sampled(tried)
         self._set_rows(timed, sized, where)
         cross = search._correlation(self._at, self._at).astype(float)
         of_time, of_size = np.ix_(self._of_time, self._of_time), np.ix_(self._of_size, self._of_size)
-        self._time = search._time.condition(timed, cross[of_time], _ROUNDS, averaged=averaged)
-        self._memory = search._memory.condition(sized, cross[of_size], 1)
+        self._time = search._time.condition(timed, cross[of_time], _ROUNDS, timed.at < self._offered, averaged=averaged)
+        self._memory = search._memory.condition(sized, cross[of_size], 1, sized.at < self._offered)
         self._set_weights()
         self._running: tuple[float, float] | None = None
         if pending:
@@ -308,11 +353,13 @@ class _View:
             for one in observed
             if (value := one.at_most if one.throughput is None else one.throughput) is not None
         ]
+        earlier = [(*row[:3], float(np.hypot(row[3], EARLIER_DEVIATION))) for row in rows if row[0] >= self._offered]
+        rows = [row for row in rows if row[0] < self._offered]
         if len(rows) > _MOST_ROWS:
             rows.sort(key=lambda row: -row[1])
             half = _MOST_ROWS // 2
-            rows = rows[:half] + [rows[index] for index in np.linspace(half, len(rows) - 1, half).astype(int)]
-        found = Evidence.of(rows)
+            rows = rows[:half] + _evenly(rows[half:], half)
+        found = Evidence.of(rows + _evenly(earlier, _EARLIER_ROWS))
         return replace(found, values=found.values - self._search._log_throughput[found.at])
 
     def _sized(self, observed: Sequence[Observed]) -> Evidence:
@@ -324,6 +371,8 @@ class _View:
                 if one.peak_bytes is not None or one.ran_out
             ]
         )
+        widened = np.hypot(found.deviations, EARLIER_MEMORY_DEVIATION)
+        found = replace(found, deviations=np.where(found.at < self._offered, found.deviations, widened))
         found = replace(found, values=np.log(found.values / given.peak_bytes[found.at]))
         return found[np.argsort(np.abs(self._search._log_room[found.at]), kind="stable")[:_NEAR_ROWS]]
 
@@ -504,12 +553,16 @@ class _Judgement:
         return self.log_fits + self.log_runs
 
 
+def _evenly(rows: list[Row], count: int) -> list[Row]:
+    return rows if len(rows) <= count else [rows[at] for at in np.linspace(0, len(rows) - 1, count).astype(int)]
+
+
 def sampled(tried: Sequence[Observed]) -> tuple[Indices, Values, Values]:
     """Candidates of at most `MOST_TRIED` trials, how many trials each stands for, and how many failures."""
     failed = [one for one in tried if one.failed][-MOST_TRIED // 2 :]
     ran = [one for one in tried if not one.failed]
     kept = MOST_TRIED - len(failed)
-    chosen = ran if len(ran) <= kept else [ran[at] for at in np.linspace(0, len(ran) - 1, kept).astype(int)]
+    chosen = _evenly(ran, kept)
     weights = np.repeat([1.0, len(ran) / max(1, len(chosen))], [len(failed), len(chosen)])
     where = np.array([one.candidate for one in failed + chosen], np.int64)
     return where, weights, np.array([float(one.failed) for one in failed + chosen])
@@ -541,6 +594,11 @@ def step_columns(times: StepTimes) -> tuple[Values, Values, Issued | None]:
         shares[:, bubble] = 0.0
         issued *= longer
     return shares, step_unknowns(parts), Issued(issued, late, hides)
+
+
+def network_parts(parts: Sequence[TimePart]) -> list[int]:
+    """Which parts of a step use the network between GPUs."""
+    return [row for row, part in enumerate(parts) if part in NETWORK]
 
 
 def step_unknowns(parts: Sequence[TimePart]) -> Values:

@@ -14,23 +14,14 @@ from optuna.samplers import BaseSampler, RandomSampler
 from threadpoolctl import ThreadpoolController
 
 from autotune.predict.plan import Plan
-from autotune.results import UNSTABLE
 from autotune.search.columns import candidates_of
 from autotune.search.distributions import distributions
-from autotune.search.expected_improvement import (
-    MEMORY_NOISE,
-    ExpectedImprovement,
-    Observed,
-    Proposal,
-)
+from autotune.search.earlier import Earlier
+from autotune.search.expected_improvement import ExpectedImprovement, Observed, Proposal
+from autotune.search.lessons import observation
 from autotune.spec.config import TrialConfig
-from autotune.spec.outcome import FailureKind, Measurement, Outcome
+from autotune.spec.outcome import Outcome
 from autotune.study import Study
-
-RESERVED_DEVIATION = 0.08
-"""Of what is used as a measure of what is needed, where an allocator keeps what it could give back."""
-FAILED = UNSTABLE | {FailureKind.INVALID_CONFIG, FailureKind.HOST_OUT_OF_MEMORY, FailureKind.TIMEOUT}
-"""Failures that make a config's neighbours suspect."""
 
 
 class Expected(NamedTuple):
@@ -53,13 +44,17 @@ class PlanSampler(BaseSampler):
         study: whose outcomes teach.
         plan: of its space.
         seed: of the random draws that are left where no candidate is.
+        earlier: what other studies' trials teach.
     """
 
-    def __init__(self, study: Study, plan: Plan, seed: int) -> None:
+    def __init__(self, study: Study, plan: Plan, seed: int, earlier: Earlier | None = None) -> None:
         self._study, self._space = study, plan.space
         self._left = study.worth_a_launch
         trades = plan.space.file.objective.minimize is not None
-        self._search = ExpectedImprovement(candidates_of(plan, self._left), trade_memory=trades)
+        candidates, self._earlier = candidates_of(plan, self._left), list[Observed]()
+        if earlier is not None:
+            candidates, self._earlier = earlier.behind(candidates)
+        self._search = ExpectedImprovement(candidates, trade_memory=trades)
         self._timed = plan.times is not None
         self._taught: dict[TrialConfig, Observed | None] = {}
         self._libraries = ThreadpoolController()
@@ -113,7 +108,7 @@ class PlanSampler(BaseSampler):
         observed = [one for one in lessons if one is not None]
         speeds = [one.throughput for one in observed if one.throughput is not None]
         if self._timed or not speeds:
-            return observed, 1.0
+            return observed + self._earlier, 1.0
         scale = float(np.exp(np.mean(np.log(speeds))))
         scaled = (
             replace(
@@ -147,26 +142,3 @@ class PlanSampler(BaseSampler):
     ) -> Any:
         """At random: asked only where nothing was proposed."""
         return self._random.sample_independent(study, trial, param_name, param_distribution)
-
-
-def observation(candidate: int, outcome: Outcome) -> Observed | None:
-    """What an outcome teaches about its candidate; None where it teaches nothing."""
-    if isinstance(outcome, Measurement):
-        cached = outcome.peak_memory_reserved_bytes > outcome.peak_memory_allocated_bytes
-        return Observed(
-            candidate=candidate,
-            throughput=outcome.tokens_per_second_per_gpu,
-            peak_bytes=float(outcome.peak_device_used_bytes),
-            peak_deviation=RESERVED_DEVIATION if cached else MEMORY_NOISE,
-        )
-    if outcome.kind is FailureKind.STOPPED_EARLY:
-        peak = outcome.peak_device_used_bytes
-        return Observed(
-            candidate=candidate,
-            at_most=outcome.most_tokens_per_second_per_gpu,
-            peak_bytes=None if peak is None else float(peak),
-            peak_deviation=RESERVED_DEVIATION,
-        )
-    if outcome.kind is FailureKind.OUT_OF_MEMORY:
-        return Observed(candidate=candidate, ran_out=True)
-    return Observed(candidate=candidate, failed=True) if outcome.kind in FAILED else None

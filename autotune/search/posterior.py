@@ -101,7 +101,13 @@ class Model:
         return np.asarray(growths, np.float32)
 
     def condition(
-        self, evidence: "Evidence", correlation: Values, rounds: int, *, averaged: bool = False
+        self,
+        evidence: "Evidence",
+        correlation: Values,
+        rounds: int,
+        own: NDArray[np.bool_] | None = None,
+        *,
+        averaged: bool = False,
     ) -> "Posterior":
         """What M observations say.
 
@@ -109,6 +115,8 @@ class Model:
             evidence: the observations.
             correlation: of their local parts (M, M).
             rounds: of choosing the widths, the tangent, and what to doubt.
+            own: (M,) which of them say how wide the widths are; all without it. Those of other studies say how far off
+                predictions were there, and not how far off they may be here.
             averaged: how uncertain widths are counts in the deviations, which few observations would leave too small,
                 and of device and processor the later one makes the step.
         """
@@ -116,13 +124,15 @@ class Model:
         belief = Belief(np.ones(4), np.zeros(self.shares.shape[1]), np.zeros(len(at)))
         local = self.local[at].astype(float)
         whole = correlation * np.outer(local, local)
-        exact = np.flatnonzero(evidence.sides == 0)
+        exact = np.flatnonzero((evidence.sides == 0) & (True if own is None else own))
         sample = exact[np.unique(np.linspace(0, len(exact) - 1, _FIT_ROWS).astype(int))] if len(exact) else exact
         inside = np.ix_(sample, sample)
-        for step in range(rounds if len(sample) else 0):
+        for step in range(rounds if (evidence.sides == 0).any() else 0):
             if step:
                 posterior = Posterior(self, evidence, correlation, belief)
-                belief = replace(belief, scales=posterior.scales(), doubt=posterior.doubt(), adds_up=not averaged)
+                belief = replace(belief, scales=posterior.scales(), doubt=posterior.doubt(own), adds_up=not averaged)
+            if not len(sample):
+                continue
             offset, columns = (found.astype(float) for found in self.linear(at, belief))
             common, axes = np.split(columns, [1 + self.unknowns.shape[1]], axis=1)
             parts = [(common @ common.T)[inside], (axes @ axes.T)[inside], whole[inside]]
@@ -215,17 +225,20 @@ class Posterior:
         found = unknowns @ self._linear_weights[1 : 1 + unknowns.shape[1]].astype(float)
         return np.asarray(np.clip(found, self.belief.scales - 1, self.belief.scales + 1))
 
-    def doubt(self) -> Values:
+    def doubt(self, own: NDArray[np.bool_] | None = None) -> Values:
         """By how much each exact observation is contradicted: what it deviates by from what all others say of it,
         squared, beyond twice the deviation that was to be expected. One sick node must not move its neighbours.
-        Of two it could not be said which contradicts the other.
+        Of two it could not be said which contradicts the other. Other studies' alone (not `own`) contradict nothing
+        that was measured here.
         """
+        own = np.ones(len(self._exact), bool) if own is None else own
         if self._exact.sum() < 3:
             return np.zeros(len(self._exact))
+        doubted = self._exact & (~own | ((self._exact & own).sum() >= 3))
         inverse = _solve(self._factor, np.diag(self._root))
-        own = np.maximum((inverse**2).sum(axis=0), 1e-12)
-        expected = 1 / own - 1 / self._precision + self._noise
-        return np.where(self._exact, np.maximum((self._weights / own) ** 2 - 4 * expected, 0), 0.0)
+        alone = np.maximum((inverse**2).sum(axis=0), 1e-12)
+        expected = 1 / alone - 1 / self._precision + self._noise
+        return np.where(doubted, np.maximum((self._weights / alone) ** 2 - 4 * expected, 0), 0.0)
 
     @cached_property
     def _few(self) -> tuple[Indices, NDArray[np.float32]]:

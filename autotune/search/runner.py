@@ -9,6 +9,7 @@ import ray
 from ray import tune
 
 from autotune.predict.plan import Plan
+from autotune.search.earlier import Earlier
 from autotune.search.samplers import SamplerName, build_sampler
 from autotune.search.tune_search import TuneSearch
 from autotune.spec.cluster import ClusterSpec
@@ -33,6 +34,7 @@ def run_study(
     seed: int = 0,
     launcher: LauncherName = LauncherName.POOL,
     plan: Plan | None = None,
+    earlier: Earlier | None = None,
 ) -> None:
     """Run trials until the budget is spent or no candidate is left, then confirm what leads. Ray is connected already.
 
@@ -45,7 +47,7 @@ def run_study(
     space = study.space
     if study.finished:
         return
-    search = TuneSearch(study, build_sampler(sampler, seed, study, plan), seed)
+    search = TuneSearch(study, build_sampler(sampler, seed, study, plan, earlier), seed)
     pooled = launcher is LauncherName.POOL
     pools = _start_pools(study, log_dir) if pooled else []
     sizes = [int(gpus) for gpus in space.axes["gpus"]] + ([space.baseline.gpus] if space.baseline else [])

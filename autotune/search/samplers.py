@@ -6,6 +6,7 @@ from enum import StrEnum
 import optuna
 
 from autotune.predict.plan import Plan
+from autotune.search.earlier import Earlier
 from autotune.search.plan_sampler import PlanSampler
 from autotune.study import Study
 
@@ -25,7 +26,11 @@ class SamplerName(StrEnum):
 
 
 def build_sampler(
-    name: SamplerName, seed: int, study: Study | None = None, plan: Plan | None = None
+    name: SamplerName,
+    seed: int,
+    study: Study | None = None,
+    plan: Plan | None = None,
+    earlier: Earlier | None = None,
 ) -> optuna.samplers.BaseSampler:
     """The sampler of that name. Optuna's own read the memory constraint that `TuneSearch` sets; ours reads the study.
 
@@ -35,7 +40,7 @@ def build_sampler(
     if name is SamplerName.PLAN:
         if study is None or plan is None:
             raise ValueError("sampler plan needs a study and its plan")
-        return PlanSampler(study, plan, seed)
+        return PlanSampler(study, plan, seed, earlier)
     if name is SamplerName.GP:
         return optuna.samplers.GPSampler(seed=seed)
     if name is SamplerName.RANDOM:

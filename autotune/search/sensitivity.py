@@ -6,6 +6,7 @@ from autotune.predict.levers import moves
 from autotune.predict.plan import Plan
 from autotune.predict.roofline import TimePart
 from autotune.results import Best
+from autotune.search.earlier import Earlier
 from autotune.search.expected_improvement import NETWORK
 from autotune.search.plan_sampler import PlanSampler
 from autotune.spec.config import Scalar, TrialConfig
@@ -22,16 +23,16 @@ _CONSTRAINTS = dict.fromkeys(NETWORK, Constraint.COMMUNICATION) | {
 """Of the parts of a step; the others are compute."""
 
 
-def find_sensitivity(study: Study, plan: Plan) -> Sensitivity | None:
+def find_sensitivity(study: Study, plan: Plan, earlier: Earlier | None = None) -> Sensitivity | None:
     """Of the study's best trial; None where there is none."""
     best = study.best()
-    return None if best is None else _Neighbourhood(study, plan, best).sensitivity()
+    return None if best is None else _Neighbourhood(study, plan, best, earlier).sensitivity()
 
 
 class _Neighbourhood:
     """The winner and the configs one step away."""
 
-    def __init__(self, study: Study, plan: Plan, best: Best) -> None:
+    def __init__(self, study: Study, plan: Plan, best: Best, earlier: Earlier | None) -> None:
         self._study, self._plan, self._best = study, plan, best
         self._outcomes: dict[TrialConfig, tuple[int, Outcome]] = {c: (n, o) for n, c, o in study.results}
         screened = self._outcomes[best.config][1]
@@ -39,7 +40,7 @@ class _Neighbourhood:
         assert isinstance(screened, Measurement)
         self._speed = screened.tokens_per_second_per_gpu
         self._moves = list(moves(plan.space, best.config))
-        self._expected = PlanSampler(study, plan, 0).expected([config for _, _, config, _ in self._moves])
+        self._expected = PlanSampler(study, plan, 0, earlier).expected(config for _, _, config, _ in self._moves)
 
     def sensitivity(self) -> Sensitivity:
         steps = tuple(self._step(*move) for move in self._moves)

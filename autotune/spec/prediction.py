@@ -65,6 +65,11 @@ class Prediction:
     """Standard deviation of `device_used_bytes`, as a ratio of it."""
     tokens_per_second_per_gpu: float | None = None
     """None where the hardware's speed is not known."""
+    parts: dict[str, float] | None = None
+    """Seconds of an optimizer step by part (`autotune.predict.roofline.TimePart`); None like the throughput, and where
+    a version that did not keep them has stored it."""
+    issue_seconds: float | None = None
+    """That the processor needs to issue the step's kernels; None like `parts`, and where it is a cost for itself."""
     proposal: dict[str, float | int | None] | None = None
     """What the sampler expected after the trials before it (`autotune.search.expected_improvement.Proposal`); None
     where another sampler, or the file, chose the trial."""

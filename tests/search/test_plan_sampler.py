@@ -11,7 +11,8 @@ from autotune.predict.plan import Plan
 from autotune.report.terminal import why_text
 from autotune.results import standing_outcome
 from autotune.search.columns import candidates_of, features_of
-from autotune.search.plan_sampler import PlanSampler, observation
+from autotune.search.lessons import observation
+from autotune.search.plan_sampler import PlanSampler
 from autotune.search.tune_search import TuneSearch
 from autotune.space.space import Space
 from autotune.spec.outcome import FailureKind, Measurement, Outcome
