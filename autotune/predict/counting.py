@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from autotune.predict.fake import FakeTrial, fake_trial
 from autotune.predict.operators import PHASES, Operators, Phase, Row, Work
+from autotune.spec.adapters import trainable_parameters
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Phase as TrialPhase
@@ -106,7 +107,7 @@ def _count(model: ModelSpec, config: TrialConfig, layers: int) -> Counter[_Key]:
                 counted[phase, work, dtype, size, larger] += 1
     if config.engine == "pytorch" and config.zero_stage == 0 and config.gpus > 1:
         # The fake step's reducer has a hook in place of collectives.
-        for size in _buckets(4 * shallow.num_parameters):
+        for size in _buckets(4 * trainable_parameters(shallow, config)):
             counted["last_micro_step", Work.ALL_REDUCE, "fp32", size, size] += 1
     return counted
 

@@ -146,6 +146,8 @@ class LayerWork:
     splits_norms: bool = True
     """Whether tensor parallelism splits the sequence where values are h wide; otherwise each of its ranks has all of
     them (Korthikanti et al., arXiv:2205.05198, section 4.1)."""
+    frozen: NDArray[np.bool_] | bool = False
+    """Where weights do not train, and have no gradients of their own."""
 
     def layer(self, *, backward: bool) -> Parts:
         """One pass of one layer, without communication."""
@@ -154,9 +156,7 @@ class LayerWork:
         widths = (shape.hidden_size, shape.query_width, shape.key_value_width, layer.mlp_width)
         shares = (self.tensor if self.splits_norms else 1.0, self.tensor, self.tensor, self.tensor)
         moved = sum(size * width / share for size, width, share in zip(sizes, widths, shares, strict=True))
-        products = sum(
-            count * sum(self._passes(out, inner, backward=backward)) for out, inner, count in self.projections()
-        )
+        products = sum(count * self._product(out, inner, backward=backward) for out, inner, count in self.projections())
         return {
             TimePart.MATMUL: np.asarray(products, float),
             TimePart.ATTENTION: self._attention(backward=backward),
@@ -165,7 +165,7 @@ class LayerWork:
 
     def head(self, *, backward: bool) -> Values:
         """One pass of the lm head and half of the loss's bytes."""
-        products = sum(self._passes(self._split(self.shape.vocab_size), self._whole, backward=backward))
+        products = self._product(self._split(self.shape.vocab_size), self._whole, backward=backward)
         logits = self.tokens * self.shape.vocab_size / self.tensor
         return products + self.memory(self._value_scale * self.kernels.logit_bytes / 2 * logits)
 
@@ -175,7 +175,8 @@ class LayerWork:
 
     def embedding_gradient(self) -> Values:
         """A zeroed matrix of the embedding's size, added to."""
-        return self.memory(4 * self._value_scale * self.shape.embedding.parameters / self.tensor)
+        seconds = self.memory(4 * self._value_scale * self.shape.embedding.parameters / self.tensor)
+        return np.where(self.frozen, 0.0, seconds)
 
     def projections(self) -> Iterator[tuple[Values, Values, int]]:
         """Outputs, inputs and number of a layer's products, as a rank has them.
@@ -208,6 +209,11 @@ class LayerWork:
 
     def _split(self, width: int) -> Values:
         return width / self.tensor
+
+    def _product(self, out: Values, inner: Values, *, backward: bool) -> Values:
+        """Seconds of one pass of one projection."""
+        first, *of_weight = self._passes(out, inner, backward=backward)
+        return first + sum(np.where(self.frozen, 0.0, seconds) for seconds in of_weight)
 
     def _passes(self, out: Values, inner: Values, *, backward: bool) -> tuple[Values, ...]:
         product = functools.partial(matmul_seconds, self.gpu, self.precision)

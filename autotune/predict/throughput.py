@@ -3,6 +3,7 @@ models that are split over ranks.
 
 With the letters of `roofline.py`, for a micro-batch:
 
+    matmul              of frozen weights without the gradient of the weight; adapters as in `adapters.py`
     elementwise         also the casts of fp32 weights, where an engine keeps such
     accumulation        bytes of adding gradients to their sum
     recomputation       the forward pass of what is checkpointed, or all of it but products and attention
@@ -26,6 +27,8 @@ and for the step:
     optimizer           bytes of norm, clipping, AdamW and copy
     offload             gradients and parameters over PCIe, and the processor's Adam
 
+of which accumulation, reduction and optimizer are of what trains, the gathering of sharded parameters of all.
+
 Left out: the data loader, logging, evaluation, checkpoints, clocks that fall with heat, slow ranks, other jobs.
 Sources: torch/distributed/fsdp/_fully_shard, DeepSpeed runtime/zero/stage_1_and_2.py and stage3.py, accelerate.
 """
@@ -34,6 +37,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from autotune.predict.adapters import AdapterWork, layer_parameters
 from autotune.predict.kernels import Values, peak_flops
 from autotune.predict.network import Counts, group, host_link, network
 from autotune.predict.roofline import (
@@ -97,7 +101,19 @@ def predict_trials(
         peak[chosen] = peak_flops(cluster.gpu, precision)
     sharing = trials.tensor * trials.sequence * trials.stages
     tokens = trials.real * trials.micro_batch * trials.length * trials.accumulation / sharing
-    return StepTimes(parts, tokens, flops_per_token(shape, trials.length), peak, issue)
+    return StepTimes(parts, tokens, _flops_per_token(shape, trials), peak, issue)
+
+
+def _flops_per_token(shape: DecoderShape, trials: Trials) -> Values:
+    """As `autotune.spec.adapters.flops_per_token` counts them."""
+    whole = flops_per_token(shape, trials.length)
+    weights = flops_per_token(shape, np.zeros_like(trials.length)) / 6
+    adapters = len(shape.layers) * layer_parameters(shape, trials.rank, trials.on_attention, trials.on_mlp)
+    return np.where(trials.rank > 0, whole - 2 * weights + 6 * adapters, whole)
+
+
+def _sum(*parts: Parts) -> Parts:
+    return {part: np.asarray(sum(of.get(part, 0.0) for of in parts)) for part in parts[0]}
 
 
 class _Sharded:
@@ -119,12 +135,19 @@ class _Sharded:
         self._gpu, self._deepspeed, self._value = cluster.gpu, engine == "deepspeed", 4 if precision == "fp32" else 2
         self._mixed = precision != "fp32"
         length = trials.length.astype(float)
-        self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, tensor)
+        self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, tensor, trials.rank > 0)
+        casts = self._mixed and not self._deepspeed
+        self._adapters = AdapterWork(
+            self._work, trials.rank, trials.on_attention, trials.on_mlp, trials.quantized, casts
+        )
         self._replicas = trials.gpus // (trials.tensor * trials.stages)
         self._shards = self._replicas // trials.groups
         self._ranks = group(self._shards, trials.tensor, self._node)
         self._row_bytes = self._value * tokens * shape.hidden_size
-        self._forward, self._backward = self._work.layer(backward=False), self._work.layer(backward=True)
+        self._forward, self._backward = (
+            _sum(self._work.layer(backward=backward), self._adapters.layer(backward=backward))
+            for backward in (False, True)
+        )
         exchanged = self._layer_collectives(tokens)
         self._forward[TimePart.TENSOR_PARALLEL] = self._backward[TimePart.TENSOR_PARALLEL] = exchanged
         self._layers = len(shape.layers) / trials.stages
@@ -132,6 +155,8 @@ class _Sharded:
         heads = np.where(trials.stages > 1, 1, 2 - shape.tie_word_embeddings)
         layer, matrix = shape.layers[0].parameters, shape.embedding.parameters
         self._parameters = (self._layers * layer + heads * matrix) / tensor + shape.hidden_size
+        adapters = self._layers * layer_parameters(shape, trials.rank, trials.on_attention, trials.on_mlp) / tensor
+        self._trained = np.where(trials.rank > 0, adapters, self._parameters)
 
     def parts(self) -> Parts:
         """Of the step."""
@@ -157,7 +182,7 @@ class _Sharded:
         result[TimePart.PARAMETER_GATHER] = self._gather(forward, backward)
         offloaded = trials.offload != "none"
         shards = np.where(trials.zero_stage > 0, self._shards, 1)
-        update = work.memory(ADAM_BYTES * self._parameters / shards)
+        update = work.memory(ADAM_BYTES * self._trained / shards)
         result[TimePart.OPTIMIZER] = np.where(offloaded, 0.0, update)
         result[TimePart.OFFLOAD] = np.where(offloaded, self._offload(shards), 0.0)
         return result
@@ -192,9 +217,9 @@ class _Sharded:
         gradient; FSDP2 casts shards.
         """
         held = 1.0 if self._deepspeed else np.where(self._trials.zero_stage > 0, self._shards, 1)
-        casts = 0.0 if self._deepspeed or not self._mixed else 6 * self._parameters / held
+        casts = 0.0 if self._deepspeed or not self._mixed else 6 * self._trained / held
         ddp = not self._deepspeed and self._mixed
-        sums = np.where((self._trials.zero_stage == 0) & ddp, 18, 3 * self._value) * self._parameters
+        sums = np.where((self._trials.zero_stage == 0) & ddp, 18, 3 * self._value) * self._trained
         return casts + np.zeros_like(sums), sums
 
     def issued(self) -> Values:
@@ -203,7 +228,8 @@ class _Sharded:
         trials = self._trials
         sharded = (4 * (trials.tensor > 1) + 4 * (trials.sequence > 1)) * OPERATOR_SECONDS
         passes = 1 + HOOKED_PASSES * np.maximum(trials.recomputed, trials.keeps_products)
-        layer = (ISSUE_SECONDS[0] + sharded) * passes + ISSUE_SECONDS[1] + sharded + hooks
+        ahead, behind = (self._adapters.issue_seconds(backward=backward) for backward in (False, True))
+        layer = (ISSUE_SECONDS[0] + ahead + sharded) * passes + ISSUE_SECONDS[1] + behind + sharded + hooks
         return np.asarray(self._layers * layer)
 
     def _reduction(self, backward_layer: Values) -> Values:
@@ -213,15 +239,17 @@ class _Sharded:
         DeepSpeed: stage 0 and 1 after the last one, 2 and 3 in each; hidden only with `overlap_comm`.
         """
         trials, net = self._trials, self._net
-        size = self._value * self._parameters + np.zeros(len(trials.gpus))
+        size = self._value * self._trained + np.zeros(len(trials.gpus))
         window = self._layers * backward_layer
         scatter = net.all_gather(self._ranks, size / self._layers)
         across = group(trials.groups, trials.tensor * self._shards, self._node)
         scatter = scatter + net.all_reduce(across, size / self._layers / self._shards)
         layer_by_layer = self._layers * np.maximum(scatter - backward_layer, 0) + scatter
         if not self._deepspeed:
-            ddp = in_buckets(net, self._ranks, 4 * self._parameters + 0 * size, BUCKET_BYTES)
-            ddp = np.maximum(ddp - window, net.all_reduce(self._ranks, np.full_like(size, BUCKET_BYTES)))
+            ddp = in_buckets(net, self._ranks, 4 * self._trained + 0 * size, BUCKET_BYTES)
+            ddp = np.maximum(
+                ddp - window, net.all_reduce(self._ranks, np.minimum(4 * self._trained + 0 * size, BUCKET_BYTES))
+            )
             return np.where(trials.zero_stage == 0, ddp, layer_by_layer)
         once = np.where(trials.zero_stage == 0, net.all_reduce(self._ranks, size), net.all_gather(self._ranks, size))
         exposed = np.where(trials.overlaps & (trials.zero_stage > 0), layer_by_layer, once)
@@ -235,14 +263,14 @@ class _Sharded:
         forward = self._layers * np.maximum(one - forward_layer, 0) + one
         backward = self._layers * np.maximum(one - backward_layer, 0)
         each = forward + np.where(trials.zero_stage == 3, backward, 0.0)
-        after = net.all_gather(self._ranks, size)
+        after = net.all_gather(self._ranks, self._value * self._trained + 0 * size)
         in_layers = (trials.zero_stage == 3) | ((trials.zero_stage == 2) & (not self._deepspeed))
         return np.where(trials.zero_stage == 0, 0.0, np.where(in_layers, trials.accumulation * each, after))
 
     def _offload(self, shards: Values | Counts) -> Values:
         """Gradients to the host, Adam there, parameters back; offloaded parameters once more for each pass."""
         trials, link = self._trials, host_link(self._gpu)
-        share = self._parameters / shards
+        share, held = self._trained / shards, self._parameters / shards
         on_node = np.minimum(trials.gpus, self._node)
         adam = HOST_ADAM_SECONDS * share * on_node
         down = np.where(trials.zero_stage >= 2, trials.accumulation, 1) * self._value * share / link
@@ -250,5 +278,6 @@ class _Sharded:
         # FSDP2 copies fp32 shards up for each gathering, casts them there, and reduces only the last gradients.
         if not self._deepspeed:
             gathered = np.where(trials.zero_stage == 3, 2, 1) * trials.accumulation
-            return np.asarray(adam + (self._value + 4 * gathered) * share / link)
-        return np.asarray(adam + down + (1 + passes) * self._value * share / link)
+            frozen = self._value * gathered * (held - share)  # in the compute dtype already
+            return np.asarray(adam + ((self._value + 4 * gathered) * share + frozen) / link)
+        return np.asarray(adam + down + self._value * (share + passes * held) / link)

@@ -56,6 +56,13 @@ class Trials:
     """Of replicas that FSDP2 shards within."""
     real: Values
     """Share of the tokens, 0..1, that are no padding."""
+    rank: Counts
+    """Of LoRA's adapters; 0 where all weights train."""
+    on_attention: NDArray[np.bool_]
+    """Adapters are beside the matrices of attention."""
+    on_mlp: NDArray[np.bool_]
+    quantized: NDArray[np.bool_]
+    """The matrices are held in 4 bits."""
 
     @classmethod
     def of(cls, configs: Sequence[TrialConfig], workload: Workload, shape: DecoderShape) -> Self:
@@ -96,6 +103,12 @@ class Trials:
             chunked=np.array([config.loss == "chunked" for config in configs], bool),
             groups=counts([config.data_parallel_replicate_size for config in configs]),
             real=real,
+            rank=counts([config.lora_rank or 0 for config in configs]),
+            on_attention=np.array(
+                [config.lora_target_modules in ("all-linear", "attention") for config in configs], bool
+            ),
+            on_mlp=np.array([config.lora_target_modules in ("all-linear", "mlp") for config in configs], bool),
+            quantized=np.array([config.method == "qlora" for config in configs], bool),
         )
 
     @classmethod
@@ -116,6 +129,7 @@ class Trials:
         layers, checkpointing = len(shape.layers), values("activation_checkpointing")
         every = np.where(checkpointing == "selective", values("selective_every"), layers)
         selected = np.where(checkpointing == "selective", np.ceil(layers / every) / layers, 0.0)
+        adapted, targets = values("method") != "full", values("lora_target_modules")
         zero_stage = values("zero_stage").astype(np.int64)
         overlaps = zero_stage == 3
         if overlap in axes:
@@ -144,6 +158,10 @@ class Trials:
             chunked=values("loss") == "chunked",
             groups=values("data_parallel_replicate_size").astype(np.int64),
             real=real,
+            rank=np.where(adapted, values("lora_rank").astype(np.int64), 0),
+            on_attention=adapted & (targets != "mlp"),
+            on_mlp=adapted & (targets != "attention"),
+            quantized=values("method") == "qlora",
         )
         return trials, kinds
 

@@ -31,6 +31,18 @@ def adapted_matrices(model: ModelSpec, targets: LoraTargets) -> dict[str, tuple[
     return {name: shapes[name] for name in chosen[targets]}
 
 
+def flops_per_token(model: ModelSpec, config: TrialConfig) -> float:
+    """FLOPs to train on one token, as `ModelSpec.flops_per_token` counts them.
+
+    With frozen weights a backward pass has no gradients of them, so that N weights cost 4·N instead of 6·N; M
+    parameters of adapters cost 6·M besides. Left out: writing weights out of 4 bits.
+    """
+    whole = model.flops_per_token(config.sequence_length)
+    if config.method == "full":
+        return whole
+    return whole - model.flops_per_token(0) / 3 + 6.0 * trainable_parameters(model, config)
+
+
 def trainable_parameters(model: ModelSpec, config: TrialConfig) -> int:
     """Parameters with a gradient and an optimizer state: all, or rank x (outputs + inputs) of each adapted matrix."""
     if config.lora_target_modules is None or config.lora_rank is None:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
+from autotune.spec.adapters import flops_per_token
 from autotune.spec.cluster import GpuSpec
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase, RankMeasurement
 from autotune.spec.request import TrialRequest
@@ -52,7 +53,7 @@ def compose(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSpe
     return Measurement(
         step_time_seconds=step_time,
         tokens_per_second_per_gpu=tokens,
-        model_flops_utilization=request.model.flops_per_token(config.sequence_length) * tokens / peak if peak else None,
+        model_flops_utilization=flops_per_token(request.model, config) * tokens / peak if peak else None,
         peak_memory_allocated_bytes=max(rank.peak_memory_allocated_bytes for rank in ranks),
         peak_memory_reserved_bytes=max(rank.peak_memory_reserved_bytes for rank in ranks),
         peak_device_used_bytes=max(rank.peak_device_used_bytes for rank in ranks),
