@@ -23,13 +23,14 @@ from autotune.confirmation import ROUNDS
 from autotune.errors import NothingFeasibleError, UsageError
 from autotune.formats import script as script_format
 from autotune.formats.accelerate_yaml import DEEPSPEED_FILE, check_accelerate, to_accelerate
+from autotune.formats.bitsandbytes_json import check_quantization_config, to_quantization_config
 from autotune.formats.deepspeed_json import check_deepspeed, to_deepspeed, to_hf_deepspeed
 from autotune.formats.peft_json import ADAPTER_FILE, check_adapter_config, to_adapter_config
 from autotune.formats.targets import Target, cannot_express, left_to_script, no_target
 from autotune.formats.training_args import check_training_args, to_training_args
 from autotune.results import Best
 from autotune.space.space import Space
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import Method, TrialConfig
 from autotune.spec.outcome import Measurement
 from autotune.spec.script import ScriptRun
 from autotune.study import Study
@@ -62,15 +63,15 @@ class Format:
     """How launch.sh calls a start with this file."""
     audience: str = ""
     """Which scripts are started so."""
-    of_adapters: bool = False
-    """It describes adapters, which trials of method full do not have."""
+    describes: tuple[Method, ...] = ()
+    """The methods whose trials alone have what it describes; empty where all do."""
     fallback: bool = False
     """Written to the best folder only where no other target of the study can run the winner."""
 
     def refusal(self, config: TrialConfig, space: Space) -> str | None:
         """Why the file cannot express `config`, or None when it can."""
-        if self.of_adapters and config.method == "full":
-            return "method full has no adapters"
+        if self.describes and config.method not in self.describes:
+            return f"it describes method {' or '.join(self.describes)}, not {config.method}"
         reasons = (cannot_express(target, config, space.cluster.device) for target in self.targets)
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -78,7 +79,7 @@ class Format:
         """Whether the best folder has a place for the file."""
         if study.space.script is not None:
             return self.file in _script_files(study.space.script)
-        if self.of_adapters:
+        if self.describes:
             return self.refusal(best.config, study.space) is None
         if not self.targets:
             return False
@@ -125,6 +126,12 @@ def _accelerate(study: Study, source: Best) -> str:
 def _adapter_config(study: Study, source: Best) -> str:
     document = to_adapter_config(source.config)
     check_adapter_config(document)
+    return _json(document)
+
+
+def _quantization_config(study: Study, source: Best) -> str:
+    document = to_quantization_config(source.config)
+    check_quantization_config(document)
     return _json(document)
 
 
@@ -223,7 +230,14 @@ FORMATS = {
         explanation="the adapters, for `peft.LoraConfig.from_pretrained` on this folder",
         targets=(),
         write=_adapter_config,
-        of_adapters=True,
+        describes=("lora", "qlora"),
+    ),
+    "quantization": Format(
+        file="quantization_config.json",
+        explanation="how the frozen weights are quantised: the arguments of transformers' `BitsAndBytesConfig`",
+        targets=(),
+        write=_quantization_config,
+        describes=("qlora",),
     ),
     "train-script": Format(
         file="train.py",

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 
 from autotune.errors import NothingFeasibleError, UsageError
 from autotune.export import FORMATS, export_best, export_files, export_pareto
@@ -149,7 +151,7 @@ def test_each_format_alone(tmp_path: Path, store: SqlStore) -> None:
         "deepspeed": {"ds_config.json"},
         "accelerate": {"accelerate.yaml", "ds_config.json"},  # the one names the other
     }
-    assert set(names) | {"train-script", "script", "adapter"} == {"best", *FORMATS}
+    assert set(names) | {"train-script", "script", "adapter", "quantization"} == {"best", *FORMATS}
     for fmt, expected in names.items():
         assert export_files(only_read, fmt) == {name: folder[name] for name in expected}
     with pytest.raises(UsageError, match="study 'sample' ran no script"):
@@ -213,10 +215,20 @@ def test_adapters_are_a_file_of_their_own(tmp_path: Path, store: SqlStore) -> No
     assert export_files(study, "adapter") == {"adapter_config.json": files["adapter_config.json"].read_text()}
 
 
+def test_weights_in_4_bits_are_described(tmp_path: Path, store: SqlStore) -> None:
+    study = finished_study(tmp_path, store, simulate, method="qlora", baseline=...)
+    files = export_best(study, tmp_path / "out")
+    read = BitsAndBytesConfig(**json.loads(files["quantization_config.json"].read_text()))
+    assert (read.bnb_4bit_quant_type, read.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert read.bnb_4bit_compute_dtype == torch.bfloat16
+    assert "adapter_config.json" in files
+    assert "quantization_config=BitsAndBytesConfig(load_in_4bit=True" in files["README.md"].read_text()
+
+
 def test_full_training_has_no_adapters(tmp_path: Path, store: SqlStore) -> None:
     study = finished_study(tmp_path, store, simulate)
     assert "adapter_config.json" not in export_best(study, tmp_path / "out")
-    with pytest.raises(UsageError, match=r"adapter cannot express trial \d+.*method full has no adapters"):
+    with pytest.raises(UsageError, match=r"adapter cannot express trial \d+.*it describes method lora or qlora"):
         export_files(study, "adapter")
 
 

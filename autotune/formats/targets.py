@@ -10,6 +10,7 @@ arguments for it.
 
 from typing import Literal, get_args
 
+from autotune.formats.bitsandbytes_json import TORCH_DTYPES, to_quantization_config
 from autotune.formats.peft_json import to_adapter_config
 from autotune.formats.training_args import checkpointing_argument
 from autotune.spec.cluster import Device
@@ -25,12 +26,21 @@ _NAMES = {"hf_trainer": "transformers' Trainer", "accelerate": "accelerate"}
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
-READ_BY_TARGETS = ("engine", "loss", "batching", "activation_checkpointing", "data_parallel_replicate_size")
+READ_BY_TARGETS = (
+    "engine",
+    "loss",
+    "batching",
+    "method",
+    "activation_checkpointing",
+    "data_parallel_replicate_size",
+)
 """Fields of a config that `cannot_express` reads, besides the degrees of parallelism."""
 
 
 def cannot_express(target: Target, config: TrialConfig, device: Device) -> str | None:
     """Why `target` cannot run `config` as it was measured, or None when it can."""
+    if target == "autotune" and config.method == "qlora":
+        return "train.py loads no weights in 4 bits"
     if target == "autotune":
         if config.batching != "fixed":
             return f"train.py cuts text into sequences of one length, which is not batching {config.batching}"
@@ -84,18 +94,18 @@ def _adapters(config: TrialConfig) -> list[str]:
     return todo
 
 
-_TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
 def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> list[str]:
     """What the script itself must do under `target` to run `config` as it was measured, as Markdown."""
     if target == "autotune":
         return ["is `train.py` itself, a start to edit: how to run it stands at its top"]
     load = f'loads the model with `attn_implementation="{config.attention}"`'
     if config.method != "full":
-        load += f" and `dtype=torch.{_TORCH_DTYPES[config.precision]}`"
+        load += f" and `dtype=torch.{TORCH_DTYPES[config.precision]}`"
     elif config.engine == "pytorch":  # DeepSpeed casts weights and keeps fp32 masters, whatever it is given
         load += " and `dtype=torch.float32`"
+    if config.method == "qlora":
+        given = ", ".join(f"{key}={value!r}" for key, value in to_quantization_config(config).items())
+        load += f", `quantization_config=BitsAndBytesConfig({given})` and `device_map={{'': local_rank}}`"
     todo = [_sequences(config), load]
     if config.method != "full":
         todo += _adapters(config)

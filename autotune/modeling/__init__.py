@@ -2,6 +2,7 @@
 
 build.py           the Hugging Face model on meta, its checkpointing, its FSDP2 sharding, its random weights
 lora.py            adapters beside frozen weights
+quantized.py       frozen weights in 4 bits
 mesh.py            which ranks share what
 stage.py           the decoder, or a pipeline stage of it, from token ids to the loss
 tensor_parallel.py which rank has what of each matrix

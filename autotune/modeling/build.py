@@ -105,8 +105,12 @@ def apply_method(model: PreTrainedModel, config: TrialConfig) -> None:
     """Freeze what `config.method` does not train and add what it trains instead, in place."""
     if config.method == "full":
         return
-    from autotune.modeling.lora import add_adapters  # PEFT takes a second to import
+    from autotune.modeling.lora import add_adapters  # PEFT and bitsandbytes take seconds to import
 
+    if config.method == "qlora":
+        from autotune.modeling.quantized import replace_linear
+
+        replace_linear(model, config)
     add_adapters(model, config)
 
 
@@ -208,9 +212,14 @@ def materialize(
         on_host: whether parameters go to the host instead.
     """
     home = torch.device("cpu") if on_host else device
+    quantized = getattr(model, "is_loaded_in_4bit", False)
+    if quantized:
+        from autotune.modeling.quantized import is_packed, write_packed_weights
 
     def allocate(tensor: torch.Tensor) -> torch.Tensor:
         # Only parameters are on meta; buffers carry values and keep their dtype.
+        if tensor.is_meta and quantized and is_packed(tensor):
+            return tensor
         if tensor.is_meta:
             kind = dtype if tensor.requires_grad or frozen is None else frozen
             return torch.empty_like(tensor, dtype=kind, device=home)
@@ -219,6 +228,8 @@ def materialize(
     # `_apply` is what `Module.to_empty` is made of, and what FSDP2 overrides to follow its parameters.
     model._apply(allocate)
     model.tie_weights()  # `_apply` gave each user of a shared parameter its own
+    if quantized:
+        write_packed_weights(model, device, seed)
     write_initial_weights(model, device, seed)
 
 
@@ -226,7 +237,8 @@ def write_initial_weights(model: PreTrainedModel, device: torch.device, seed: in
     """Set each parameter, whole or sharded, to its `initial_weight`, in place."""
     std = initializer_range(model)
     for name, parameter in model.named_parameters():
-        fill(parameter, initial_weight(name, parameter.shape, device, std, seed))
+        if parameter.is_floating_point():  # what is in 4 bits has its value already
+            fill(parameter, initial_weight(name, parameter.shape, device, std, seed))
 
 
 @torch.no_grad()

@@ -122,6 +122,14 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
     yield transformers.masking_utils, "find_packed_sequence_indices", find
     if request.config.batching in ("padded", "dynamic_padding"):
         yield transformers.masking_utils, "_ignore_causal_mask_sdpa", lambda *args, **kwargs: False
+    if request.config.method == "qlora":
+        from bitsandbytes import functional
+
+        from autotune.modeling import quantized
+
+        yield quantized, "initial_weight", lambda name, shape, device, *_: torch.empty(*shape, device=device)
+        # A table that the library makes from numbers once and keeps: real, and not a later trial's.
+        yield functional, "name2qmap", {"dynamic": functional.create_dynamic_map()}
     if request.config.engine == "pytorch":
         # Tables of ranks are read, so they are real: those that FSDP2 makes of two meshes as well.
         yield DeviceMesh, "__init__", _on_real_tensors(DeviceMesh.__init__)

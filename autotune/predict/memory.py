@@ -40,6 +40,7 @@ _SOURCES = (
     "engines/*.py",
     "modeling/*.py",
     "formats/deepspeed_json.py",
+    "formats/bitsandbytes_json.py",
     "formats/peft_json.py",
     "predict/allocator.py",
     "predict/fake.py",
@@ -164,7 +165,7 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
             "config": fields,
             "accumulates": accumulates,
             "rank": rank,
-            "versions": _versions(),
+            "versions": _versions() | (_version("bitsandbytes") if config.method == "qlora" else {}),
             **({"batches": batches} if batches else {}),
         },
         sort_keys=True,
@@ -184,6 +185,10 @@ def _with_window(model: dict[str, Any], config: TrialConfig) -> dict[str, Any]:
         return model
     masked = config.attention == "sdpa" and config.sequence_length >= window
     return model | {"sliding_window": _NARROW if masked else _WIDE}
+
+
+def _version(package: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package)}
 
 
 @functools.cache

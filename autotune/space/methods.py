@@ -62,4 +62,15 @@ def _split(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: Cl
     return None
 
 
-METHOD_RULES: tuple[Rule, ...] = (_installed, _family, _rank, _split)
+@reads("method", "engine", "zero_stage", "tensor_parallel_size")
+def _packed(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.method != "qlora":
+        return None
+    if config.zero_stage == 3 or (config.engine == "pytorch" and config.zero_stage):
+        return f"zero_stage {config.zero_stage} on engine {config.engine} shards weights, and those of qlora stay whole"
+    if config.tensor_parallel_size > 1:
+        return f"tensor_parallel_size {config.tensor_parallel_size} shares matrices, and those of qlora stay whole"
+    return None
+
+
+METHOD_RULES: tuple[Rule, ...] = (_installed, _family, _rank, _split, _packed)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch.nn import functional
 
 from autotune.engines.batches import sequence
@@ -50,9 +51,12 @@ def laid_out(text: str, gpus: int) -> TrialRequest:
 class ByHand(torch.nn.Module):
     """W·x + alpha / rank · B·A·x."""
 
-    def __init__(self, base: torch.nn.Linear, name: str) -> None:
+    def __init__(self, base: torch.nn.Linear, name: str, packed: bool) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        if packed:  # into 4 bits and out again
+            bits = quantize_4bit(base.weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+            self.base.weight.copy_(dequantize_4bit(*bits))
         self.a = self._parameter(f"{name}.lora_A.default.weight", (RANK, base.in_features))
         self.b = self._parameter(f"{name}.lora_B.default.weight", (base.out_features, RANK))
 
@@ -65,7 +69,7 @@ class ByHand(torch.nn.Module):
 
 
 @functools.cache
-def plain_training(targets: LoraTargets = "all-linear", rate: float = RATE) -> Trace:
+def plain_training(targets: LoraTargets = "all-linear", rate: float = RATE, packed: bool = False) -> Trace:
     """One process, the whole global batch in one pass."""
     torch.set_num_threads(1)
     model = build_model(tiny(), "eager")
@@ -75,7 +79,7 @@ def plain_training(targets: LoraTargets = "all-linear", rate: float = RATE) -> T
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in names:
             assert isinstance(module, torch.nn.Linear)
-            model.set_submodule(name, ByHand(module, name))
+            model.set_submodule(name, ByHand(module, name, packed))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     trace = Trace([], [])
@@ -173,6 +177,16 @@ def test_layouts_of_two_ranks(ranks: Ranks, text: str) -> None:
 def test_layouts_of_four_ranks(four_ranks: Ranks, text: str) -> None:
     for trace in four_ranks.run(train, laid_out(text, 4), build_engine):
         assert_equal(trace, plain_training())
+
+
+PACKED = [("deepspeed", stage) for stage in range(3)] + [("pytorch", 0)]
+
+
+@pytest.mark.parametrize(("engine", "stage"), few(PACKED, [("deepspeed", 2), ("pytorch", 0)]))
+def test_weights_in_4_bits(ranks: Ranks, engine: str, stage: int) -> None:
+    trial = request(engine, stage, method="qlora", activation_checkpointing="full")
+    for trace in ranks.run(train, trial, build_engine):
+        assert_equal(trace, plain_training(packed=True))
 
 
 class WithoutA(PyTorchEngine):

@@ -31,6 +31,10 @@ PIPELINE = degrees(pipeline=2, schedule="1f1b")
 CASES = [
     (False, 2, 2, 2, lora("pytorch", 3, **FULL)),
     (False, 2, 2, 2, lora("deepspeed", 3)),
+    (False, 2, 2, 2, lora("pytorch", 0, **FULL, method="qlora")),
+    (True, 12, 2, 2, lora("pytorch", 0, method="qlora")),
+    (True, 12, 2, 2, lora("deepspeed", 0, method="qlora")),
+    (True, 12, 2, 2, lora("deepspeed", 2, **FULL, method="qlora")),
     (True, 2, 1, 1, lora("pytorch", 0)),
     (True, 2, 2, 1, lora("pytorch", 0, **FULL, lora_target_modules="attention")),
     (True, 2, 2, 2, lora("pytorch", 0)),

@@ -1,5 +1,6 @@
 """`method` and LoRA's axes: stated once, searched only when asked for, refused where they cannot be."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict
     assert reason in str(caught.value)
 
 
+def test_qlora_is_dropped_where_its_library_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    space = sample_space(tmp_path, search=searching(method=["lora", "qlora"]), baseline=...)
+    assert {config.method for config in space.candidates} == {"lora"}
+    (dropped,) = space.dropped
+    assert (dropped.axis, dropped.value) == ("method", "qlora")
+    assert "pip install 'autotune-llm[qlora]'" in dropped.reason
+
+
 @pytest.mark.parametrize(
     ("numerics", "search", "reason"),
     [
@@ -80,11 +91,14 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict
             {"engine": "pytorch", "tensor_parallel_size": [1, 2], "zero_stage": 0},
             "tensor_parallel_size 2 does not divide lora_rank 3",
         ),
+        ({"method": ["full", "qlora"]}, {"zero_stage": [0, 3]}, "zero_stage 3 on engine deepspeed shards weights"),
+        ({"method": ["full", "qlora"]}, {"engine": "pytorch", "zero_stage": [0, 2]}, "zero_stage 2 on engine pytorch"),
     ],
 )
 def test_what_cannot_run_is_refused(
     tmp_path: Path, numerics: dict[str, Any], search: dict[str, Any], reason: str
 ) -> None:
-    space = sample_space(tmp_path, search={**searching(method="lora", **numerics), **search}, baseline=...)
+    numerics = {"method": "lora", **numerics}
+    space = sample_space(tmp_path, search={**searching(**numerics), **search}, baseline=...)
     assert space.candidates
     assert any(reason in found for found in space.illegal), list(space.illegal)
