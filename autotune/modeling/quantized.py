@@ -21,8 +21,8 @@ BLOCK = 64
 
 
 class PackedLinear(Linear4bit):  # type: ignore[misc]  # of a library without annotations
-    """A `Linear4bit` whose weight is a plain parameter: bitsandbytes' own kind of it cannot be made of a FakeTensor, and
-    not every way of moving a module keeps it.
+    """A `Linear4bit` whose weight is a plain parameter: bitsandbytes' own kind cannot be made of a FakeTensor, and not
+    every way of moving a module keeps it.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
