@@ -21,7 +21,7 @@ from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.prediction import MemoryPrediction
 from autotune.units import format_bytes
 
-ROW_AXES = ("gpus", "engine", "zero_stage", "offload", "precision")
+ROW_AXES = ("gpus", "method", "engine", "zero_stage", "offload", "precision")
 BAR_WIDTH = 24
 
 
