@@ -135,7 +135,7 @@ class _Sharded:
         self._gpu, self._deepspeed, self._value = cluster.gpu, engine == "deepspeed", 4 if precision == "fp32" else 2
         self._mixed = precision != "fp32"
         length = trials.length.astype(float)
-        self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, tensor, trials.rank > 0)
+        self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, tensor, frozen=trials.rank > 0)
         casts = self._mixed and not self._deepspeed
         self._adapters = AdapterWork(
             self._work, trials.rank, trials.on_attention, trials.on_mlp, trials.quantized, casts
