@@ -28,7 +28,8 @@ class PackedLinear(Linear4bit):  # type: ignore[misc]  # of a library without an
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in) -> (…, out)."""
         self.weight.quant_state = self.quant_state  # where the library looks for the scales
-        return super().forward(x)
+        result: torch.Tensor = super().forward(x)
+        return result
 
 
 def replace_linear(model: PreTrainedModel, config: TrialConfig) -> None:
