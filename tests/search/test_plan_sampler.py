@@ -1,11 +1,14 @@
 """Our sampler under `TuneSearch`: it finds the optimum of a small world in few launches, and never repeats itself."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autotune.predict.plan import Plan
 from autotune.report.terminal import why_text
@@ -15,6 +18,7 @@ from autotune.search.lessons import observation
 from autotune.search.plan_sampler import PlanSampler
 from autotune.search.tune_search import TuneSearch
 from autotune.space.space import Space
+from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import FailureKind, Measurement, Outcome
 from autotune.store.store import SqlStore, open_store
 from autotune.study import Study
@@ -79,6 +83,39 @@ def test_every_candidate_that_may_fit_is_run_once(tmp_path: Path, store: SqlStor
     configs = drive(a_search(study, plan), at_once=at_once)
     assert len(configs) == len(set(configs))
     assert set(configs) == {space.candidates[int(at)] for at in study.worth_a_launch}
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_whatever_trials_find_none_is_illegal_or_launched_again(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    space = conditional_space(folder, budget={"trials": 14, "stop_below_gain": 0})
+    plan = a_plan(space)
+    kinds = [None, FailureKind.OUT_OF_MEMORY, FailureKind.INVALID_CONFIG, FailureKind.TIMEOUT]
+    settled: set[TrialConfig] = set()
+    with open_store(f"sqlite:///{folder}/a.db", create=True) as opened:
+        for _ in range(2):  # the second is a resumed one
+            study = Study.open(space, opened, plan)
+            search, running, number = a_search(study, plan), dict[str, TrialConfig](), 0
+            for _ in range(data.draw(st.integers(1, 12))):
+                found = search.suggest(f"t{number}") if data.draw(st.booleans()) or not running else None
+                if isinstance(found, dict):
+                    config = TrialConfig.from_dict(found["config"])
+                    assert space.refusal(config) is None
+                    assert config in space
+                    assert config not in settled | set(running.values())
+                    running[f"t{number}"], number = config, number + 1
+                elif running:
+                    name, config = running.popitem()
+                    kind = data.draw(st.sampled_from(kinds))
+                    speed = data.draw(st.floats(1.0, 1000.0))
+                    outcome = measurement(speed) if kind is None else failure(kind)
+                    search.on_trial_complete(name, {"outcome": json.dumps(outcome.to_dict())})
+                    settled.add(config)
+            search.interrupt("the driver was stopped")
+        assert len(opened.trials("sample")) <= 14
 
 
 def test_it_ends_when_little_is_left_to_gain_and_says_so(tmp_path: Path, store: SqlStore) -> None:
