@@ -18,8 +18,19 @@ from autotune.predict.step import TimePrediction
 from autotune.predict.throughput import predict_trials
 from autotune.predict.trials import Trials
 from autotune.space.legality import RULES
+from autotune.space.methods import METHOD_RULES
 from autotune.spec.cluster import ClusterSpec, find_gpu
-from autotune.spec.config import ActivationCheckpointing, Attention, Engine, Offload, Precision, Scalar, TrialConfig
+from autotune.spec.config import (
+    ActivationCheckpointing,
+    Attention,
+    Engine,
+    LoraTargets,
+    Method,
+    Offload,
+    Precision,
+    Scalar,
+    TrialConfig,
+)
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.prediction import MemoryPrediction
 from autotune.spec.workload import Workload
@@ -54,7 +65,7 @@ class _Case(_Strict):
     model: str | dict[str, Any]
     cluster: _Cluster
     task: Literal["train", "generate"] = "train"
-    method: Literal["full", "lora", "qlora"] = "full"
+    method: Method = "full"
     lora: dict[str, Any] | None = None
     workload: _Workload | None = None
     config: dict[str, Any]
@@ -94,10 +105,17 @@ class _Trial(_Strict):
     deepspeed: dict[str, Scalar] = {}
 
 
+class _Lora(_Strict):
+    rank: Count = 16
+    alpha: Count = 32
+    target_modules: LoraTargets = "all-linear"
+
+
 _CASE = TypeAdapter(_Case)
 _GENERATE = TypeAdapter(_Generate)
 _LAYOUT = TypeAdapter(_Layout)
 _TRIAL = TypeAdapter(_Trial)
+_LORA = TypeAdapter(_Lora)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,15 +324,18 @@ def _trial_times(
 def _answer_trial(case: _Case, cluster: ClusterSpec) -> _Answer:
     if case.implementation != "transformers":
         raise UsageError(_unknown_implementation(case.implementation, "train", {"transformers", *TRAINER_PROFILES}))
-    _full_method(case)
     model = _model(case.model)
     given, workload = _parse(_TRIAL, case.config, "config"), _workload(case)
     if workload.global_batch_size is None:
         raise UsageError("workload: global_batch_size is missing; give the sequences of one optimizer step")
-    fields = given.__dict__ | {"deepspeed": tuple(given.deepspeed.items()), "gpus": given.gpus or cluster.total_gpus}
+    fields = (
+        given.__dict__
+        | _method(case)
+        | {"deepspeed": tuple(given.deepspeed.items()), "gpus": given.gpus or cluster.total_gpus}
+    )
     config = TrialConfig(**fields, sequence_length=workload.sequence_length)
     work = Workload(global_batch_size=workload.global_batch_size)
-    for rule in RULES:
+    for rule in (*RULES, *METHOD_RULES):
         reason = rule(config, work, model, cluster)
         if reason is not None:
             raise UsageError(f"config: {reason}; choose another value")
@@ -326,9 +347,21 @@ def _answer_trial(case: _Case, cluster: ClusterSpec) -> _Answer:
     )
 
 
+def _method(case: _Case) -> dict[str, Any]:
+    """The fields of what trains."""
+    if case.method == "full":
+        _refuse_unused(case, "lora")
+        return {}
+    lora = _parse(_LORA, case.lora or {}, "lora")
+    return {"method": case.method} | {f"lora_{key}": value for key, value in lora.__dict__.items()}
+
+
 def _full_method(case: _Case) -> None:
     if case.method != "full":
-        raise UsageError(f"method: found {case.method}, but only full is predicted; leave the case out")
+        raise UsageError(
+            f"method: found {case.method}, but of implementation {case.implementation} only full is predicted;"
+            " leave the case out"
+        )
     _refuse_unused(case, "lora")
 
 

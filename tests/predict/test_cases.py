@@ -11,6 +11,7 @@ import pytest
 
 from autotune.errors import UsageError
 from autotune.predict.cases import answer, answers, read_cases
+from autotune.units import GIB
 
 GENERATE: dict[str, Any] = {
     "id": "g",
@@ -128,6 +129,32 @@ def test_transformers_training_is_checked_before_anything_is_traced() -> None:
     assert "zero_stage 1" in refused["error"]
     refused = answer(changed(case, "workload.global_batch_size", 5))
     assert "global_batch_size 5" in refused["error"]
+
+
+LORA = changed(TRAIN, "implementation", ...) | {
+    "model": "Qwen/Qwen3-32B",
+    "cluster": {"gpu": "H200-141GB"},
+    "method": "lora",
+    "config": {"engine": "pytorch", "micro_batch_size": 1, "activation_checkpointing": "full"},
+}
+
+
+@pytest.mark.slow
+def test_methods_with_frozen_weights() -> None:
+    """Of 32.76 B weights 61 GiB in bf16, or about 18 in 4 bits with an embedding and a head in bf16."""
+    adapted, packed, wide = answers([LORA, LORA | {"method": "qlora"}, LORA | {"lora": {"rank": 256}}])
+    assert adapted["breakdown"]["parameters"] / GIB == pytest.approx(61.5, abs=0.2)
+    assert packed["breakdown"]["parameters"] / GIB == pytest.approx(18.0, abs=0.3)
+    states = 16 * adapted["breakdown"]["optimizer_states"]
+    assert wide["breakdown"]["optimizer_states"] == pytest.approx(states, rel=1e-4)  # Adam counts its steps besides
+    assert packed["step_time_seconds"] > adapted["step_time_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "word"), [({"rank": 0}, "lora.rank"), ({"dropout": 0.1}, "lora.dropout"), ({"rank": 9999}, "lora_rank")]
+)
+def test_adapters_that_cannot_be(lora: dict[str, Any], word: str) -> None:
+    assert word in answer(LORA | {"lora": lora})["error"]
 
 
 def autotune(file: Path) -> subprocess.CompletedProcess[str]:
