@@ -382,6 +382,7 @@ def _documents(study: Study, best: Best) -> dict[str, str]:
         own_script=own,
         baseline=study.baseline_outcome if isinstance(study.baseline_outcome, Measurement) else None,
         verdict=study.verdict if best == study.best() else None,
+        numerics={axis: space.values(best.config)[axis] for axis in space.numerics},
         is_winner=best == study.best(),
         rounds=ROUNDS,
         format_bytes=format_bytes,

@@ -225,6 +225,18 @@ def test_weights_in_4_bits_are_described(tmp_path: Path, store: SqlStore) -> Non
     assert "quantization_config=BitsAndBytesConfig(load_in_4bit=True" in files["README.md"].read_text()
 
 
+def test_numerics_are_labelled(tmp_path: Path, store: SqlStore) -> None:
+    search = {
+        "engine": "pytorch",
+        "zero_stage": 0,
+        "micro_batch_size": [1, 2],
+        "numerics": {"method": ["full", "lora"]},
+    }
+    study = finished_study(tmp_path, store, simulate, search=search, baseline=...)
+    readme = export_best(study, tmp_path / "out")["README.md"].read_text()
+    assert "The search varied what is trained, not only how fast: method (here `full`)." in readme
+
+
 def test_full_training_has_no_adapters(tmp_path: Path, store: SqlStore) -> None:
     study = finished_study(tmp_path, store, simulate)
     assert "adapter_config.json" not in export_best(study, tmp_path / "out")

@@ -149,6 +149,8 @@ def _verdict(plan: Plan) -> Iterator[Text]:
             f" {space.file.memory_headroom:.0%} headroom; {out} do not",
             f", {int(plan.surely_too_big.sum())} of them surely: `tune` launches none of those" if out else "",
         )
+    if space.numerics:
+        yield Text(f"Searched although it changes what is trained: {', '.join(space.numerics)}", "yellow")
     for reason, count in plan.unpredicted.most_common():
         yield Text(f"{count} cannot be predicted, and are searched without: {reason}", "yellow")
     if space.baseline is not None and plan.baseline is not None:

@@ -323,6 +323,10 @@ def result_panel(study: Study, artifacts: dict[str, Path], advice: Sequence[Reme
     ]
     if (gain := gain_text(study, best)) is not None:
         rows.append(("gain", gain))
+    if study.space.numerics:
+        values = study.space.values(best.config)
+        chosen = ", ".join(f"{axis} {values[axis]}" for axis in study.space.numerics)
+        rows.append(("numerics", f"{chosen}: searched although it changes what is trained"))
     used, total = format_bytes(measured.peak_device_used_bytes), format_bytes(measured.device_memory_bytes)
     rows.append(("memory", f"{used} of {total} on the fullest rank"))
     rows.append(("confirmed", confirmation_text(study)))

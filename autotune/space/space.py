@@ -192,6 +192,12 @@ class Space:
         """The values of an axis that some candidate has, `NOT_APPLICABLE` last where some candidate has none."""
         return tuple(NOT_APPLICABLE if at == ABSENT else self.axes[axis][at] for at in self.columns.used(axis))
 
+    @property
+    def numerics(self) -> tuple[str, ...]:
+        """The axes with a choice that change what is trained, not only how fast."""
+        stated = type(self.file.search.numerics).model_fields
+        return tuple(axis for axis in stated if len(set(self.used(axis)) - {NOT_APPLICABLE}) > 1)
+
     @cached_property
     def dropped(self) -> tuple[Dropped, ...]:
         """Values that the file lists but no legal candidate has, with the commonest reason."""

@@ -31,6 +31,7 @@ def test_ranks_are_searched_where_numerics_says_so(tmp_path: Path) -> None:
     adapted = [config for config in space.candidates if config.method == "lora"]
     whole = [config for config in space.candidates if config.method == "full"]
     assert len(adapted) == 4 * len(whole) > 0
+    assert space.numerics == ("method", "lora_rank", "lora_target_modules")
     assert {config.lora_rank for config in adapted} == {4, 8}
     assert {config.lora_alpha for config in adapted} == {16}
     assert not space.dropped
@@ -43,6 +44,7 @@ def test_a_fixed_method_is_stated_at_the_top(tmp_path: Path) -> None:
     space = sample_space(tmp_path, method="lora", lora={"rank": 8, "target_modules": "mlp"})
     found = {(c.method, c.lora_rank, c.lora_alpha, c.lora_target_modules) for c in space.candidates}
     assert found == {("lora", 8, 32, "mlp")}
+    assert not space.numerics
     assert space.candidates[0].describe().startswith("lora r8 mlp ")
     assert space.baseline is not None
     assert space.baseline.method == "lora"
