@@ -14,7 +14,8 @@ import importlib.metadata
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 
 import autotune
 from autotune.predict import device
-from autotune.predict.stream import SitedStream, Stream, fragmentation_bytes
+from autotune.predict.stream import PipelineStream, RankStream, SitedStream, Stream, fragmentation_bytes
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
@@ -95,16 +96,25 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
     )
 
 
-def rank_streams(
-    model: ModelSpec, config: TrialConfig, *, accumulates: bool, batches: int = 0
-) -> list[Stream | SitedStream]:
-    """The streams of the ranks that may be the fullest, one for each of `structures`."""
-    return [stream(structure) for structure in structures(model, config, accumulates=accumulates, batches=batches)]
+def rank_streams(model: ModelSpec, config: TrialConfig, *, accumulates: bool, batches: int = 0) -> list[RankStream]:
+    """The streams of the ranks that may be the fullest."""
+    names = structures(model, config, accumulates=accumulates, batches=batches)
+    return streams_of(names, config, batches)
+
+
+def streams_of(names: Sequence[str], config: TrialConfig, batches: int) -> list[RankStream]:
+    """The streams of a config's `structures`, one for each rank."""
+    found = [stream(name) for name in names]
+    if config.pipeline_parallel_size == 1 or len(traced_batches(config, batches)) == 1:
+        return [*found]
+    low, high = traced_batches(config, batches)
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return [PipelineStream(fewer, more, (batches - low) / (high - low)) for fewer, more in pairs]
 
 
 def structures(model: ModelSpec, config: TrialConfig, *, accumulates: bool, batches: int = 0) -> tuple[str, ...]:
     """What has to be traced for a config: the first rank's structure, the last's where partitions are uneven, that of
-    a rank of each stage of a pipeline.
+    a rank of each stage of a pipeline that may be the fullest.
 
     Configs with equal structures differ only in batch and length. Of a length it counts whether a sliding window is
     shorter.
@@ -115,12 +125,46 @@ def structures(model: ModelSpec, config: TrialConfig, *, accumulates: bool, batc
         accumulates: an optimizer step has more than one micro-batch.
         batches: how many; they count where they go through a pipeline.
     """
-    if config.pipeline_parallel_size > 1:
-        of_a_stage = config.gpus // config.pipeline_parallel_size
-        return tuple(_structure(model, config, True, rank, batches) for rank in range(0, config.gpus, of_a_stage))
+    size = config.pipeline_parallel_size
+    if size > 1:
+        whole = replace(config, loss="full_logits")  # what the loss does is the last rank's
+        return tuple(
+            _structure(model, config if at == size - 1 else whole, True, at * config.gpus // size, traced)
+            for at in _fullest(config, model.num_hidden_layers)
+            for traced in traced_batches(config, batches)
+        )
     uneven = config.engine == "deepspeed" and config.zero_stage in (1, 2)
     ranks = {0, config.gpus - 1} if uneven else {0}
     return tuple(_structure(model, config, accumulates, rank) for rank in sorted(ranks))
+
+
+def traced_batches(config: TrialConfig, batches: int) -> tuple[int, ...]:
+    """How many micro-batches are traced of those that go through a pipeline: all, or two numbers for a line.
+
+    Under `1f1b` a rank has at most as many micro-batches alive as there are ranks; with two stages a rank less than
+    twice as many are, and they come in rounds of as many as there are ranks.
+    """
+    size = config.pipeline_parallel_size
+    return (batches,) if batches <= 3 * size else (2 * size, 3 * size)
+
+
+def layers_of_rank(config: TrialConfig, depth: int, rank: int) -> int:
+    """Layers that a rank of a pipeline has, of all its stages."""
+    stages = config.pipeline_stages
+    mine = range(rank, stages, config.pipeline_parallel_size)
+    return sum((stage + 1) * depth // stages - stage * depth // stages for stage in mine)
+
+
+def _fullest(config: TrialConfig, depth: int) -> list[int]:
+    """Ranks of a pipeline that may need most: the first, which embeds, the last, which has the loss, and of those
+    between the first with each number of layers. The later a rank is, the fewer micro-batches live on it at a time;
+    but with `zero_bubble` the more wait for their weights' gradients, so that any rank may be the fullest.
+    """
+    size = config.pipeline_parallel_size
+    if config.pipeline_schedule == "zero_bubble":
+        return list(range(size))
+    between = {layers_of_rank(config, depth, rank): rank for rank in range(size - 2, 0, -1)}
+    return sorted({0, *between.values(), size - 1})
 
 
 def is_traced(structure: str) -> bool:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from autotune.errors import InvalidModelError, UnknownHardwareError
 from autotune.predict.machine import MachineRates, machine_rates
 from autotune.predict.machine_times import Kinds
-from autotune.predict.memory import context_bytes, deviation, predict_memory, stream
+from autotune.predict.memory import context_bytes, deviation, predict_memory, streams_of
 from autotune.predict.shape import read_shape
 from autotune.predict.step import StepTimes
 from autotune.predict.stream import fragmentation_bytes
 from autotune.predict.throughput import predict_trials
-from autotune.predict.tracing import OnTraced, structures_of, trace_structures
+from autotune.predict.tracing import OnTraced, micro_steps, structures_of, trace_structures
 from autotune.predict.trials import Trials
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
@@ -372,7 +372,7 @@ def _peak_bytes(
     shapes = [space.workload.largest_shape(replace(example, micro_batch_size=int(batch))) for batch in batches]
     rows, length = np.array(shapes).T
     device = space.cluster.device
-    streams = [stream(name) for name in names]
+    streams = streams_of(names, example, micro_steps(space, example))
     live = np.stack([ranks.peak_bytes(rows, length, device) for ranks in streams])
     kept = np.stack([fragmentation_bytes(ranks, rows, length, device) for ranks in streams])
     fullest = live.argmax(axis=0), np.arange(len(batches))

@@ -77,9 +77,6 @@ class Trace:
     last one `update`."""
     standing_blocks: tuple[Standing, ...] = ()
     """What `standing` consists of, in the order of allocation."""
-    messages: float = 1.0
-    """How many times as large as traced the standing activations are: a pipeline keeps buffers for what each of its
-    micro-batches receives, and fewer micro-batches may have been traced than there are."""
 
 
 QUANTITIES = 4
@@ -202,8 +199,50 @@ class SitedStream:
         return _named(at_low + self.steps * (_highest_row(high, self.deep_starts, site, counted) - at_low))
 
 
+@dataclass(frozen=True, slots=True)
+class PipelineStream:
+    """Live memory of a rank with more micro-batches than are traced: a line through two numbers of them.
+
+    No more activations live the more there are, but buffers for what each receives, and what is sent, until the step
+    ends.
+    """
+
+    fewer: Stream | SitedStream
+    more: Stream | SitedStream
+    steps: float
+    """The number of micro-batches beyond the fewer, in units of the difference between the two."""
+
+    @property
+    def pieces(self) -> int:
+        """As a `Stream`'s."""
+        return self.more.pieces
+
+    @property
+    def fragmentation(self) -> NDArray[np.float64]:
+        """(points,): as a `Stream`'s, but that of more."""
+        return self.more.fragmentation
+
+    def peak_bytes(
+        self, micro_batch_size: NDArray[np.int64], sequence_length: NDArray[np.int64], device: Device
+    ) -> NDArray[np.float64]:
+        """Highest live bytes of the device (points,)."""
+        fewer = self.fewer.peak_bytes(micro_batch_size, sequence_length, device)
+        more = self.more.peak_bytes(micro_batch_size, sequence_length, device)
+        return fewer + self.steps * (more - fewer)
+
+    def breakdown(self, micro_batch_size: int, sequence_length: int, device: Device) -> dict[Part, int]:
+        """Bytes of each part at the device's peak, of the host besides; parts without any are left out."""
+        fewer = self.fewer.breakdown(micro_batch_size, sequence_length, device)
+        more = self.more.breakdown(micro_batch_size, sequence_length, device)
+        sizes = [fewer.get(part, 0) + self.steps * (more.get(part, 0) - fewer.get(part, 0)) for part in PARTS]
+        return _named(np.array(sizes))
+
+
+RankStream = Stream | SitedStream | PipelineStream
+
+
 def fragmentation_bytes(
-    stream: Stream | SitedStream,
+    stream: RankStream,
     micro_batch_size: NDArray[np.int64],
     sequence_length: NDArray[np.int64],
     device: Device,
@@ -254,7 +293,7 @@ def _live(trace: Trace, update_share: float = 1.0) -> dict[Key, NDArray[np.float
     for block in trace.standing_blocks:
         if block.part is Part.ACTIVATIONS:
             live[at, 0] -= block.bytes
-            live[at] += trace.messages * np.array(line(block.bytes, trace))
+            live[at] += line(block.bytes, trace)
     found: dict[Key, NDArray[np.float64]] = {}
     for key, changes in trace.segments.items():
         steps = live + _in_portions(key, _per_part(_template(changes, trace), 0), update_share)

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from autotune.modeling.build import layer_kinds
 from autotune.modeling.stage import LOSS_CHUNKS
 from autotune.predict.fake import fake_trial
+from autotune.predict.memory import layers_of_rank
 from autotune.predict.record import Recorder
 from autotune.predict.reserved import Event, deep_step_of, fragmentation, step_of
 from autotune.predict.stream import (
@@ -63,7 +64,7 @@ def trace_stream(
         config: its micro-batch size and sequence length play no part.
         accumulates: an optimizer step has more than one micro-batch.
         rank: whose step it is.
-        batches: micro-batches that go through a pipeline; without one it plays no part.
+        batches: micro-batches that go through a pipeline, `traced_batches`; without one it plays no part.
 
     Raises:
         UsageError: the engine refuses the config.
@@ -135,26 +136,10 @@ def _trace_pipeline(model: ModelSpec, config: TrialConfig, batches: int, rank: i
     low, high = 2 * stages, 4 * stages
     if depth <= max(MAX_WHOLE_LAYERS, high):
         return _whole(record(depth))
-    at = rank * config.pipeline_parallel_size // config.gpus
-    mine = range(at, stages, config.pipeline_parallel_size)
-    layers = sum((stage + 1) * depth // stages - stage * depth // stages for stage in mine)
+    layers = layers_of_rank(config, depth, rank * config.pipeline_parallel_size // config.gpus)
     deep = record(high)
-    carried = SitedStream.between(record(low), deep, round(layers * stages / len(mine)))
+    carried = SitedStream.between(record(low), deep, round(layers * config.pipeline_parallel_size))
     return replace(carried, fragmentation=fragmentation(step_of(deep)))
-
-
-MAX_TRACED_BATCHES = 16
-
-
-def traced_batches(config: TrialConfig, batches: int) -> int:
-    """Of the micro-batches that go through a pipeline, as many as are traced: all, or more than ever live at a time.
-
-    Under `1f1b` a rank has at most as many micro-batches alive as there are ranks; with two stages a rank less than
-    twice as many are, and they come in rounds of as many as there are ranks.
-    """
-    size = config.pipeline_parallel_size
-    most = max(MAX_TRACED_BATCHES // size, 3) * size
-    return min(batches, most)
 
 
 def pieces(config: TrialConfig) -> int:
@@ -242,7 +227,7 @@ def record_trace(
     are kept. Those are standing bytes here, and their making is left out.
     """
     pipelined = config.pipeline_parallel_size > 1
-    steps = traced_batches(config, batches) if pipelined else 2 if accumulates else 1
+    steps = batches if pipelined else 2 if accumulates else 1
     plan = [True] if pipelined else [False] * (steps - 1) + [True]
     config = replace(config, micro_batch_size=micro_batch_size, sequence_length=sequence_length * pieces(config))
     request = TrialRequest(
@@ -271,8 +256,7 @@ def record_trace(
         lasting, segments, blocks = recorder.end()
     for part, size in lasting.items():
         standing[part] = standing.get(part, 0) + size
-    messages = batches / steps if pipelined else 1.0
-    return Trace(layers, micro_batch_size, sequence_length, standing, segments, blocks, messages)
+    return Trace(layers, micro_batch_size, sequence_length, standing, segments, blocks)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Memory of tensor, sequence and pipeline parallel ranks: what is traced against what real gloo ranks reach."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from autotune.predict.memory import rank_streams, structures
 from autotune.predict.trace import trace_stream
 from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
@@ -104,8 +106,46 @@ def test_every_rank_is_predicted(pool: NodePool, layers: int, steps: int, gpus: 
         assert peaks[rank : rank + of_a_stage] == [pytest.approx(found, rel=TOLERANCE)] * of_a_stage
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zero_bubble"])
+def test_many_micro_batches_are_a_line_through_few(pool: NodePool, schedule: str) -> None:
+    request = a_request(4, 32, 2, degrees(pipeline=2, schedule=schedule))
+    streams = rank_streams(request.model, request.config, accumulates=True, batches=32)
+    found = [float(stream.peak_bytes(np.array([BATCH]), np.array([LENGTH]), "cpu")[0]) for stream in streams]
+    assert measured(pool, request) == pytest.approx(found, rel=TOLERANCE)
+
+
 def test_more_micro_batches_than_are_traced_need_buffers_for_their_messages() -> None:
     request = a_request(4, 64, 2, degrees(pipeline=2, schedule="1f1b"))
+    peaks = []
+    for batches in (32, 64):
+        first, _ = rank_streams(request.model, request.config, accumulates=True, batches=batches)
+        peaks.append(float(first.peak_bytes(np.array([BATCH]), np.array([LENGTH]), "cpu")[0]))
+        parts = first.breakdown(BATCH, LENGTH, "cpu")
+        assert sum(parts.values()) == pytest.approx(peaks[-1], rel=1e-3)
     message = BATCH * LENGTH * TINY.hidden_size * 4
-    grown = predicted(request, 64, 0) - predicted(request, 32, 0)
-    assert grown == pytest.approx(32 * message, rel=0.01)
+    tokens = 2 * BATCH * LENGTH * 8  # with the labels, of the whole step
+    assert peaks[1] - peaks[0] == pytest.approx(32 * (message + tokens), rel=0.01)
+
+
+def test_of_the_ranks_between_the_first_and_the_last_the_earliest_needs_most() -> None:
+    request = a_request(8, 8, 4, degrees(pipeline=4, schedule="1f1b"))
+    needs = [predicted(request, 8, rank) for rank in range(4)]
+    assert needs[1] >= needs[2]
+    asked = structures(request.model, request.config, accumulates=True, batches=8)
+    assert [json.loads(name)["rank"] for name in asked] == [0, 1, 3]
+    uneven = a_request(10, 8, 4, degrees(pipeline=4, schedule="1f1b"))  # 2, 3, 2, 3 layers
+    asked = structures(uneven.model, uneven.config, accumulates=True, batches=8)
+    assert [json.loads(name)["rank"] for name in asked] == [0, 1, 2, 3]
+
+
+def test_the_loss_is_traced_on_the_last_rank_alone_and_many_micro_batches_but_twice() -> None:
+    pipeline = degrees(pipeline=2, schedule="1f1b")
+    plain, chunked = (a_request(4, 64, 2, pipeline | {"loss": loss}) for loss in ("full_logits", "chunked"))
+    asked = [
+        structures(request.model, request.config, accumulates=True, batches=batches)
+        for request, batches in ((plain, 64), (chunked, 64), (plain, 512))
+    ]
+    assert asked[0][:2] == asked[1][:2]
+    assert asked[0][2:] != asked[1][2:]
+    assert asked[0] == asked[2]
