@@ -10,6 +10,8 @@ from autotune.spec.config import TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
+_SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
+
 
 def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
     """Every rule of a study, in the order in which they speak: the config can run, and a target can run it later."""
@@ -43,7 +45,7 @@ def _deepspeed_key_applies(key: str, config: TrialConfig) -> bool:
     group, _, name = key.partition(".")
     if group != "zero_optimization":
         return True
-    if name.startswith("stage3_") or name == "sub_group_size":
+    if name.startswith("stage3_") or name in ("sub_group_size", "zero_hpz_partition_size"):
         return config.zero_stage == 3
     return config.zero_stage >= 1
 
@@ -97,6 +99,14 @@ def _offload(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: 
     return None
 
 
+@reads("engine", "zero_stage", "gpus", f"deepspeed.{_SECOND_PARTITION}")
+def _second_partition(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    ranks = dict(config.deepspeed).get(_SECOND_PARTITION, 1)
+    if not isinstance(ranks, int) or ranks <= 1 or config.gpus % min(ranks, config.gpus) == 0:
+        return None  # of more ranks than there are, DeepSpeed takes all
+    return f"{_SECOND_PARTITION} {ranks} does not divide gpus {config.gpus}"
+
+
 @reads("activation_checkpointing", "selective_every")
 def _selective(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.activation_checkpointing != "selective":
@@ -140,6 +150,7 @@ RULES: tuple[Rule, ...] = (
     _sequence_fits,
     _pytorch_stage,
     _offload,
+    _second_partition,
     _selective,
     _fp16_on_cpu,
     _fp16_on_host,

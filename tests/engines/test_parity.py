@@ -21,6 +21,7 @@ from autotune.modeling.memory_tracker import MemoryTracker
 from autotune.spec.request import TrialRequest
 from tests.engines.parity import (
     CPU,
+    SMALL_BUCKETS,
     STEPS,
     VOCAB,
     WORKLOAD,
@@ -148,6 +149,18 @@ def test_mixed_precision(ranks: Ranks, reference: Trace, engine: str, stage: int
     loss_rtol, norm_rtol = (1e-2, 0.1) if (engine, stage) == ("deepspeed", 0) else (1e-3, 2e-2)
     for trace in ranks.run(train, request(engine, stage, precision=precision), build_engine):
         assert_equal(trace, reference, loss_rtol=loss_rtol, norm_rtol=norm_rtol)
+
+
+@pytest.mark.slow
+def test_a_second_partition_inside_a_node(four_ranks: Ranks, reference: Trace) -> None:
+    """ZeRO++'s hpZ: parameters are gathered backward from two ranks, while states stay divided by all four.
+
+    One case: a process can make these groups once.
+    """
+    keys = dict(SMALL_BUCKETS) | {"zero_optimization.zero_hpz_partition_size": 2}
+    trial = request("deepspeed", 3, gpus=4, activation_checkpointing="full", deepspeed=keys)
+    for trace in four_ranks.run(train, trial, build_engine):
+        assert_equal(trace, reference)
 
 
 # ---- the test of the test

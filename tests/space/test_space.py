@@ -131,3 +131,12 @@ def test_identity_changes_with_the_work_and_not_with_axes_or_budget(tmp_path: Pa
     assert sample_space(tmp_path, search={"micro_batch_size": [1]}, budget={"trials": 99}).identity == identity
     assert sample_space(tmp_path, workload={"global_batch_size": 32, "sequence_length": 64}).identity != identity
     assert sample_space(tmp_path, measure={"micro_steps": 8}).identity != identity
+
+
+def test_a_second_partition_divides_the_ranks_of_zero_3(tmp_path: Path) -> None:
+    key = "zero_optimization.zero_hpz_partition_size"
+    search = {"engine": "deepspeed", "zero_stage": [2, 3], "deepspeed": {key: [1, 2, 3]}}
+    cluster = {"nodes": 1, "gpus_per_node": 4, "gpu": "cpu", "memory_bytes": "60MiB"}
+    space = sample_space(tmp_path, search=search, cluster=cluster, baseline=...)
+    assert {(c.zero_stage, dict(c.deepspeed).get(key)) for c in space.candidates} == {(2, None), (3, 1), (3, 2)}
+    assert f"{key} 3 does not divide gpus 4" in space.illegal
