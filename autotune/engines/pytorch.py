@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import convert_outputs_to_fp32
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -144,8 +144,12 @@ class PyTorchEngine:
         return self.forward(input_ids, boundary=True, **more)
 
     def save(self, folder: Path) -> None:
-        """See `Engine.save`. Each rank its shards, as accelerate saves FSDP2 by default; under DDP rank 0 all."""
-        model, optimizer = get_state_dict(self._model, self.optimizer)
+        """See `Engine.save`. Each rank its shards, as accelerate saves FSDP2 by default; under DDP rank 0 all.
+
+        A model with adapters saves them alone, as transformers does.
+        """
+        options = StateDictOptions(ignore_frozen_params=True)
+        model, optimizer = get_state_dict(self._model, self.optimizer, options=options)
         save({f"stage {self.stage()[0]}": {"model": model, "optimizer": optimizer}}, checkpoint_id=folder)
 
     def living_tensors(self) -> dict[str, list[torch.Tensor]]:

@@ -5,6 +5,8 @@ share a scale of 8 bits, and each 256 scales one of 32 bits (double quantisation
 Embedding, norms, biases and lm head stay in the compute dtype.
 """
 
+from typing import Any
+
 import bitsandbytes
 import torch
 from bitsandbytes.functional import quantize_4bit
@@ -30,6 +32,10 @@ class PackedLinear(Linear4bit):  # type: ignore[misc]  # of a library without an
         self.weight.quant_state = self.quant_state  # where the library looks for the scales
         result: torch.Tensor = super().forward(x)
         return result
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        # Without the scales: they are no parameters, by whose names checkpoints are made, and do not train.
+        torch.nn.Linear._save_to_state_dict(self, *args)
 
 
 def replace_linear(model: PreTrainedModel, config: TrialConfig) -> None:

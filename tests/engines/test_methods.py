@@ -5,6 +5,7 @@ The reference shares nothing with the engines, nor with PEFT, but the weights th
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,19 @@ from autotune.spec.adapters import ADAPTED_MODEL_TYPES, adapted_matrices, traina
 from autotune.spec.config import LoraTargets
 from autotune.spec.model import ModelSpec
 from autotune.spec.request import TrialRequest
-from tests.engines.parity import CPU, SEQUENCE_LENGTH, STEPS, VOCAB, WORKLOAD, Ranks, Trace, assert_equal, tiny, train
+from tests.engines.parity import (
+    CPU,
+    SEQUENCE_LENGTH,
+    STEPS,
+    VOCAB,
+    WORKLOAD,
+    Ranks,
+    Trace,
+    assert_equal,
+    optimizer_steps,
+    tiny,
+    train,
+)
 from tests.engines.parity import request as full_request
 from tests.engines.test_layouts import layout
 
@@ -187,6 +200,19 @@ def test_weights_in_4_bits(ranks: Ranks, engine: str, stage: int) -> None:
     trial = request(engine, stage, method="qlora", activation_checkpointing="full")
     for trace in ranks.run(train, trial, build_engine):
         assert_equal(trace, plain_training(packed=True))
+
+
+@pytest.mark.parametrize(("engine", "method"), [("pytorch", "lora"), ("pytorch", "qlora"), ("deepspeed", "qlora")])
+def test_checkpoints(ranks: Ranks, tmp_path: Path, engine: str, method: str) -> None:
+    assert all(ranks.run(keep, request(engine, 0, method=method), tmp_path))
+    assert any(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+
+
+def keep(rank: int, trial: TrialRequest, folder: Path) -> bool:
+    trained = build_engine(trial, CPU)
+    optimizer_steps(rank, trial, trained)
+    trained.save(folder)
+    return True
 
 
 class WithoutA(PyTorchEngine):
