@@ -43,6 +43,9 @@ def tune(
     sampler: Annotated[Sampler, typer.Option(help="Who proposes the next config.")] = Sampler.PLAN,
     launcher: Annotated[Launcher, typer.Option(help="Who starts a trial's processes.")] = Launcher.POOL,
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Begin with what other studies in the store taught on equal hardware.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run or resume a study; print the best config and where its files are."""
@@ -57,6 +60,8 @@ def tune(
             " use --sampler plan, or leave the key out"
         )
     space = None if file.cluster == "auto" else load_space(space_path)
+    if learn and sampler is not Sampler.PLAN:
+        raise UsageError(f"--learn: found --sampler {sampler.value}, which knows no predictions; use --sampler plan")
     if file.script is not None and launcher is Launcher.RAY_TRAIN:
         raise UsageError(f"{space_path}: script: is run by launcher pool alone; leave out --launcher ray-train")
 
@@ -100,7 +105,7 @@ def tune(
             plan = plan_memory(space, on_traced)
             require_feasible(plan, on_traced)
         study = Study.open(space, database, plan)
-        earlier = earlier_trials(database, plan) if sampler is Sampler.PLAN else None
+        earlier = earlier_trials(database, plan) if learn else None
         if earlier is not None:
             talk.print(earlier.words, style="dim", soft_wrap=True)
         with Progress(study, talk) as progress:

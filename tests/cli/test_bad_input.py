@@ -212,6 +212,7 @@ def test_arguments_of_the_wrong_kind(tmp_path: Path, autotune: Autotune) -> None
     for arguments in (
         ["tune", path, "--seed", "text"], ["tune", path, "--seed"], ["tune", path, "--no-such-option"],
         ["tune", path, path], ["show"], ["best"], ["studies", "extra"], ["show", "sample", "1.5"],
+        ["tune", path, "--learn", "--sampler", "tpe"],
     ):  # fmt: skip
         code, sentence = autotune(*arguments)
         assert code == 2
