@@ -138,7 +138,8 @@ def save_and_delete(engine: Engine, folder: Path, num_parameters: int, *, first_
     dist.barrier()
     free = shutil.disk_usage(folder).free
     needed = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
-    ratio = torch.tensor(free / needed, device="cuda" if torch.cuda.is_initialized() else "cpu")
+    device = "cuda" if torch.cuda.is_initialized() else "cpu"  # type: ignore[no-untyped-call]  # torch's own
+    ratio = torch.tensor(free / needed, device=device)
     dist.all_reduce(ratio, dist.ReduceOp.MIN)
     saved = Saved(
         skipped=f"it may take {needed / 1e9:.1f} GB, and a node has {ratio.item() * needed / 1e9:.1f} GB free"

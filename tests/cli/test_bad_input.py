@@ -212,11 +212,18 @@ def test_arguments_of_the_wrong_kind(tmp_path: Path, autotune: Autotune) -> None
     for arguments in (
         ["tune", path, "--seed", "text"], ["tune", path, "--seed"], ["tune", path, "--no-such-option"],
         ["tune", path, path], ["show"], ["best"], ["studies", "extra"], ["show", "sample", "1.5"],
-        ["tune", path, "--learn", "--sampler", "tpe"],
     ):  # fmt: skip
         code, sentence = autotune(*arguments)
         assert code == 2
         assert "Error: " in sentence
+
+
+def test_only_our_sampler_learns(tmp_path: Path, autotune: Autotune) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(space_text())
+    code, sentence = autotune("tune", path, "--learn", "--sampler", "tpe")
+    assert code == 2
+    assert "--sampler plan" in sentence
 
 
 @given(restructured() | scribbled())
