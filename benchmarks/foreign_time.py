@@ -14,7 +14,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -30,6 +30,8 @@ from autotune.predict.throughput import predict_trials
 from autotune.predict.trials import Trials
 from autotune.search.expected_improvement import Candidates, Expectation, ExpectedImprovement, Observed, step_columns
 from autotune.spec.cluster import ClusterSpec, find_gpu
+from autotune.spec.config import TrialConfig
+from autotune.spec.workload import Workload
 
 Row = dict[str, str]
 Values = NDArray[np.float64]
@@ -232,34 +234,26 @@ def _vtrain_times(rows: Sequence[Row]) -> StepTimes:
 
 
 def _mpt_times(rows: Sequence[Row]) -> StepTimes:
-    def counts(name: str) -> NDArray[np.int64]:
-        return np.array([_count(row[name] or "1") for row in rows], np.int64)
-
-    same = len(rows)
-    trials = Trials(
-        engine=np.array(["pytorch"] * same),
-        precision=np.array(["bf16"] * same),
-        attention=np.array(["sdpa"] * same),
-        offload=np.array(["none"] * same),
-        gpus=counts("n_gpus"),
-        zero_stage=np.array([3 if "full" in row["sharding"] else 2 for row in rows], np.int64),
-        micro_batch=counts("micro_batch"),
-        accumulation=counts("grad_accum"),
-        length=counts("seq_len"),
-        recomputed=np.array([float(row["act_ckpt"] == "full") for row in rows]),
-        keeps_products=np.zeros(same, bool),
-        overlaps=np.ones(same, bool),
-        tensor=np.ones(same, np.int64),
-        sequence=np.ones(same, np.int64),
-        stages=np.ones(same, np.int64),
-        stages_of_rank=np.ones(same, np.int64),
-        idle=np.ones(same),
-        chunked=np.zeros(same, bool),
-        real=np.ones(same),
-        groups=np.ones(same, np.int64),
-    )
     shape = gpt_shape(*_MPT_SIZES[rows[0]["model"]], _MPT_VOCABULARY)
-    return predict_trials(shape, trials, cluster_of(rows[0]), _MPT_KERNELS)
+    one_by_one = [_mpt_trials(row, shape) for row in rows]
+    names = [field.name for field in fields(Trials)]
+    columns = {name: np.concatenate([getattr(one, name) for one in one_by_one]) for name in names}
+    return predict_trials(shape, Trials(**columns), cluster_of(rows[0]), _MPT_KERNELS)
+
+
+def _mpt_trials(row: Row, shape: DecoderShape) -> Trials:
+    config = TrialConfig(
+        engine="pytorch",
+        gpus=_count(row["n_gpus"]),
+        zero_stage=3 if "full" in row["sharding"] else 2,
+        precision="bf16",
+        micro_batch_size=_count(row["micro_batch"]),
+        sequence_length=_count(row["seq_len"]),
+        activation_checkpointing="full" if row["act_ckpt"] == "full" else "none",
+        attention="sdpa",
+    )
+    sequences = config.micro_batch_size * config.gpus * _count(row["grad_accum"] or "1")
+    return Trials.of([config], Workload(global_batch_size=sequences), shape)
 
 
 def _in_groups(rows: Sequence[Row], keys: tuple[str, ...], times: Predict) -> StepTimes:
