@@ -1,19 +1,23 @@
 """A real Ray head that asks for a token, and a small study for it."""
 
+import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +82,38 @@ def wait_for_dashboard(head: Head, process: subprocess.Popen[bytes], log: Path) 
             time.sleep(0.5)
 
 
+@contextlib.contextmanager
+def running_head(**more: str) -> Iterator[Head]:
+    """Start a head on free ports, with `more` in its environment, and end every process of it."""
+    # Not pytest's folder: the paths of Ray's sockets must be short.
+    folder = Path(tempfile.mkdtemp(prefix="at-"))
+    gcs, dashboard, agent, metrics, client = free_ports(5)
+    command = [
+        "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2",
+        "--num-gpus=0", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--include-dashboard=true",
+        f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
+        f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}",
+        "--object-store-memory=100000000", "--disable-usage-stats",
+    ]  # fmt: skip
+    variables = environment(TOKEN) | {"RAY_AUTH_MODE": "token"} | more
+    with (folder / "head.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=folder)
+    started = psutil.Process(process.pid)
+    head = Head(f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", folder, f"127.0.0.1:{gcs}")
+    try:
+        wait_for_dashboard(head, process, folder / "head.log")
+        yield head
+    finally:
+        family = [started]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += started.children(recursive=True)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=15)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_space(folder: Path, trials: int, study: str = "job-test") -> Path:
     document = yaml.safe_load(SPACE.read_text())
     document |= {"study": study, "budget": {"trials": trials, "trial_seconds": 120}}
@@ -91,7 +127,8 @@ def write_space(folder: Path, trials: int, study: str = "job-test") -> Path:
     return path
 
 
-def until(condition: Callable[[], bool], complaint: str) -> None:
+def until(condition: Callable[[], bool], complaint: object) -> None:
+    """Wait; the complaint is shown as it is when patience ends."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, complaint
