@@ -116,8 +116,8 @@ def test_trials_that_need_half_the_workers_run_at_the_same_time(undisturbed: Tun
 
 def test_a_second_driver_is_turned_away_and_the_first_can_be_interrupted(tmp_path: Path) -> None:
     tuned = Tuned(tmp_path)
-    # Trials long enough that the first driver still has some to run when the second has been turned away: the warm-up is
-    # what no early stop shortens.
+    # Trials long enough that the first driver still has some to run when the second has been turned away. No early stop
+    # shortens the warm-up.
     long = SPACE.replace("confirm_top: 0", "confirm_top: 0\n  warmup: 100")
     assert long != SPACE
     (tmp_path / "space.yaml").write_text(long)

@@ -23,7 +23,7 @@ class Rule:
     """Calling it gives the reason why a config is illegal, or None."""
 
     reads: tuple[str, ...]
-    """The fields of the config that decide, of its DeepSpeed keys each by itself as `deepspeed.KEY`; whatever the others
+    """The fields of the config that decide, DeepSpeed's keys each by itself as `deepspeed.KEY`; whatever the others
     are, the answer is the same."""
     judge: Judge
 
