@@ -72,14 +72,15 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
         self._wait = Work.wait
-        Work.wait = unseen(self._wait)  # type: ignore[method-assign]
+        # What wrapping `wait` hides is no memory of the trial: see `unseen`.
+        Work.wait = unseen(self._wait)  # type: ignore[method-assign]  # a method of torch is wrapped while we count
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        Work.wait = self._wait  # type: ignore[method-assign]
+        Work.wait = self._wait  # type: ignore[method-assign]  # the method itself again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         IN_FLIGHT.let_go()

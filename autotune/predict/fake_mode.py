@@ -56,7 +56,7 @@ class _Made(NamedTuple):
         return cls(None, known.view_idx, data.shape, data.stride, offset, data.dtype, data.device)
 
 
-class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]
+class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclass hook has no annotations
     """A mode that knows an answer when a value is read, and is quicker about what is asked most.
 
     Buffers are made real (`build_model`) and become fake when they are moved to the device.

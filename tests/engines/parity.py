@@ -92,8 +92,13 @@ def plain_training(spec: ModelSpec) -> Trace:
     torch.set_num_threads(1)
     model = build_model(spec, "eager")
     materialize(model, CPU, torch.float32, WORKLOAD.seed)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=WORKLOAD.learning_rate, weight_decay=0.0)
+    return plain_steps(model, WORKLOAD.learning_rate)
+
+
+def plain_steps(model: torch.nn.Module, rate: float) -> Trace:
+    """Train what of a model is to be trained, by a loop that has nothing from the engines."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     trace = Trace([], [])
     for step in range(STEPS):
         ids = torch.stack(
@@ -104,7 +109,7 @@ def plain_training(spec: ModelSpec) -> Trace:
         )
         logits = model(input_ids=ids).logits
         loss = functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
         for gradient in gradients:

@@ -13,7 +13,6 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch.nn import functional
 
-from autotune.engines.batches import sequence
 from autotune.engines.engine import build_engine
 from autotune.engines.pytorch import PyTorchEngine
 from autotune.modeling.build import apply_method, build_model, initial_weight, materialize
@@ -23,14 +22,13 @@ from autotune.spec.model import ModelSpec
 from autotune.spec.request import TrialRequest
 from tests.engines.parity import (
     CPU,
-    SEQUENCE_LENGTH,
     STEPS,
-    VOCAB,
     WORKLOAD,
     Ranks,
     Trace,
     assert_equal,
     optimizer_steps,
+    plain_steps,
     tiny,
     train,
 )
@@ -93,28 +91,7 @@ def plain_training(targets: LoraTargets = "all-linear", rate: float = RATE, pack
         if name.rpartition(".")[2] in names:
             assert isinstance(module, torch.nn.Linear)
             model.set_submodule(name, ByHand(module, name, packed))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    trace = Trace([], [])
-    for step in range(STEPS):
-        ids = torch.stack(
-            [
-                torch.from_numpy(sequence(WORKLOAD.seed, step, index, SEQUENCE_LENGTH, VOCAB))
-                for index in range(WORKLOAD.global_batch_size)
-            ]
-        )
-        logits = model(input_ids=ids).logits
-        loss = functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        for gradient in gradients:
-            gradient.mul_(min(1.0, WORKLOAD.max_gradient_norm / norm.item()))
-        optimizer.step()
-        optimizer.zero_grad()
-        trace.losses.append(loss.item())
-        trace.norms.append(norm.item())
-    return trace
+    return plain_steps(model, rate)
 
 
 STAGES = [("deepspeed", stage) for stage in range(4)] + [("pytorch", stage) for stage in (0, 2, 3)]
