@@ -7,8 +7,8 @@ from autotune.predict.plan import Plan
 from autotune.predict.roofline import TimePart
 from autotune.results import Best
 from autotune.search.earlier import Earlier
-from autotune.search.expected_improvement import NETWORK
 from autotune.search.plan_sampler import PlanSampler
+from autotune.search.step_parts import NETWORK
 from autotune.spec.config import Scalar, TrialConfig
 from autotune.spec.outcome import Measurement, Outcome
 from autotune.spec.sensitivity import Basis, Constraint, Sensitivity, Step

@@ -19,9 +19,8 @@ from autotune.search.expected_improvement import (
     ExpectedImprovement,
     Observed,
     Proposal,
-    step_columns,
-    step_unknowns,
 )
+from autotune.search.step_parts import step_columns, step_unknowns
 
 Values = NDArray[np.float64]
 CAPACITY = 80e9
