@@ -111,6 +111,8 @@ class DeepSpeedEngine:
         masters = [parameter for group in adam.param_groups for parameter in group["params"]]
         masters += _held(zero, "fp32_partitioned_groups_flat")  # stage 3 shows them to Adam one at a time
         partitions = [parameter.ds_tensor for parameter in model if hasattr(parameter, "ds_tensor")]
+        # ZeRO++'s hpZ: made as the first forward pass of a step lets go of a parameter, given up after the update.
+        partitions += [tensor for parameter in model for tensor in _held(parameter, "ds_secondary_tensor")]
         states = list(_tensors(adam.state))
         averaged = [*_held(zero, "averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer")]
         gradients = [p.grad for p in (*masters, *model) if p.grad is not None]

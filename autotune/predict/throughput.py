@@ -23,7 +23,8 @@ and for the step:
 
     gradient reduction  max(0, reduction - the backward pass that hides it), where an engine hides it; over groups of
                         ranks that shard (HSDP), a sum of each shard besides
-    parameter gather    of ZeRO-1 and 2 after the update; of FSDP2 and ZeRO-3 for each layer, max(0, gather - the layer)
+    parameter gather    of ZeRO-1 and 2 after the update; of FSDP2 and ZeRO-3 for each layer, max(0, gather - the layer),
+                        with ZeRO++'s hpZ, but for a step's first pass, over the ranks of the second copy
     optimizer           bytes of norm, clipping, AdamW and copy
     offload             gradients and parameters over PCIe, and the processor's Adam
 
@@ -256,16 +257,25 @@ class _Sharded:
         return np.where(trials.zero_stage >= 2, trials.accumulation, 1) * exposed
 
     def _gather(self, forward_layer: Values, backward_layer: Values) -> Values:
-        """Sharded parameters gathered: for each layer forward, and backward at stage 3; below, after the step."""
+        """Sharded parameters gathered: for each layer forward, and backward at stage 3; below, after the step.
+
+        A second copy of them (hpZ) is made by the first forward pass of a step, and gathered in all later passes.
+        """
         trials, net = self._trials, self._net
         size = self._value * self._parameters + np.zeros(len(trials.gpus))
         one = net.all_gather(self._ranks, size / self._layers)
-        forward = self._layers * np.maximum(one - forward_layer, 0) + one
-        backward = self._layers * np.maximum(one - backward_layer, 0)
-        each = forward + np.where(trials.zero_stage == 3, backward, 0.0)
+        copy = group(
+            np.where(trials.second_partition > 1, trials.second_partition, self._shards), trials.tensor, self._node
+        )
+        again = net.all_gather(copy, size / self._layers)
+        first = self._layers * np.maximum(one - forward_layer, 0) + one
+        later = self._layers * np.maximum(again - forward_layer, 0) + again
+        backward = self._layers * np.maximum(again - backward_layer, 0)
+        passes = first + (trials.accumulation - 1) * later
+        passes = passes + np.where(trials.zero_stage == 3, trials.accumulation * backward, 0.0)
         after = net.all_gather(self._ranks, self._value * self._trained + 0 * size)
         in_layers = (trials.zero_stage == 3) | ((trials.zero_stage == 2) & (not self._deepspeed))
-        return np.where(trials.zero_stage == 0, 0.0, np.where(in_layers, trials.accumulation * each, after))
+        return np.where(trials.zero_stage == 0, 0.0, np.where(in_layers, passes, after))
 
     def _offload(self, shards: Values | Counts) -> Values:
         """Gradients to the host, Adam there, parameters back; offloaded parameters once more for each pass."""

@@ -18,6 +18,8 @@ from autotune.spec.workload import Workload
 BATCHED = ("batching", "micro_batch_size", "attention")
 """The axes that decide on what a micro-batch computes."""
 SHARED = ("tensor", "sequence", "pipeline")
+OVERLAP = "zero_optimization.overlap_comm"
+SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
 IDLE: dict[PipelineSchedule, float] = {"1f1b": 1.0, "interleaved_1f1b": 1 / 2, "zero_bubble": 1 / 6}
 """What a schedule idles, in bubbles of 1F1B."""
 
@@ -41,6 +43,8 @@ class Trials:
     """Of all layers what runs twice is all but products and attention."""
     overlaps: NDArray[np.bool_]
     """DeepSpeed's `overlap_comm`; of no meaning to PyTorch's engine, which always overlaps."""
+    second_partition: Counts
+    """Ranks that ZeRO-3 divides a second copy of the parameters over (hpZ); 1 where there is none."""
     tensor: Counts
     """Ranks that share matrices."""
     sequence: Counts
@@ -78,14 +82,14 @@ class Trials:
                 return len(range(0, layers, config.selective_every or 1)) / layers
             return float(config.activation_checkpointing == "full")
 
-        overlap = "zero_optimization.overlap_comm"
         rows, length, real = batches(workload, configs)
+        gpus = counts([config.gpus for config in configs])
         return cls(
             engine=np.array([config.engine for config in configs]),
             precision=np.array([config.precision for config in configs]),
             attention=np.array([config.attention for config in configs]),
             offload=np.array([config.offload for config in configs]),
-            gpus=counts([config.gpus for config in configs]),
+            gpus=gpus,
             zero_stage=counts([config.zero_stage for config in configs]),
             micro_batch=rows,
             accumulation=counts([workload.gradient_accumulation_steps(config) for config in configs]),
@@ -93,7 +97,10 @@ class Trials:
             recomputed=np.array([recomputed(config) for config in configs], float),
             keeps_products=np.array([config.activation_checkpointing == "selective_ops" for config in configs], bool),
             overlaps=np.array(
-                [dict(config.deepspeed).get(overlap, config.zero_stage == 3) for config in configs], bool
+                [dict(config.deepspeed).get(OVERLAP, config.zero_stage == 3) for config in configs], bool
+            ),
+            second_partition=np.clip(
+                counts([int(dict(config.deepspeed).get(SECOND_PARTITION, 1)) for config in configs]), 1, gpus
             ),
             tensor=counts([config.tensor_parallel_size for config in configs]),
             sequence=counts([config.sequence_parallel_size for config in configs]),
@@ -114,9 +121,9 @@ class Trials:
     @classmethod
     def of_candidates(cls, space: Space, shape: DecoderShape) -> tuple[Self, NDArray[np.int64]]:
         """Columns of those candidates of a space that can differ in time, and which of them each candidate is like."""
-        overlap = "deepspeed.zero_optimization.overlap_comm"
+        overlap, partition = f"deepspeed.{OVERLAP}", f"deepspeed.{SECOND_PARTITION}"
         columns = space.columns
-        axes = [axis for axis in space.axes if not axis.startswith("deepspeed.") or axis == overlap]
+        axes = [axis for axis in space.axes if not axis.startswith("deepspeed.") or axis in (overlap, partition)]
         _, firsts, kinds = np.unique(columns.kinds(axes), return_index=True, return_inverse=True)
 
         def values(axis: str) -> NDArray[Any]:
@@ -134,6 +141,10 @@ class Trials:
         overlaps = zero_stage == 3
         if overlap in axes:
             overlaps = np.where(columns[overlap][firsts] >= 0, values(overlap).astype(bool), overlaps)
+        second = np.ones_like(gpus)
+        if partition in axes:
+            stated = np.where(columns[partition][firsts] >= 0, values(partition).astype(np.int64), 1)
+            second = np.clip(stated, 1, gpus)
         _, examples, alike = np.unique(columns.kinds(BATCHED)[firsts], return_index=True, return_inverse=True)
         rows, length, real = batches(space.workload, [space.candidates[int(at)] for at in firsts[examples]])
         rows, length, real = rows[alike], length[alike], real[alike]
@@ -150,6 +161,7 @@ class Trials:
             recomputed=np.where(checkpointing == "full", 1.0, selected),
             keeps_products=checkpointing == "selective_ops",
             overlaps=overlaps,
+            second_partition=second,
             tensor=tensor,
             sequence=sequence,
             stages=stages,

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autotune.errors import UsageError
 from autotune.modeling.memory_tracker import MemoryTracker
 from autotune.predict.fake import fake_trial
-from autotune.spec.config import ActivationCheckpointing, Engine, Offload, Precision, TrialConfig
+from autotune.spec.config import ActivationCheckpointing, Engine, Offload, Precision, Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.request import TrialRequest
 from autotune.spec.workload import MeasureSettings, Workload
@@ -55,6 +55,7 @@ def a_request(
     accumulation: int = 2,
     model: ModelSpec = TINY,
     sequence_length: int = 64,
+    **keys: Scalar,
 ) -> TrialRequest:
     return TrialRequest(
         trial_id=f"{engine}-{zero_stage}-{precision}-{checkpointing}-{micro_batch_size}-{offload}",
@@ -69,7 +70,11 @@ def a_request(
             zero_stage=zero_stage,
             offload=offload,
             activation_checkpointing=checkpointing,
-            deepspeed=SMALL_BUCKETS if engine == "deepspeed" and zero_stage else (),
+            deepspeed=(
+                (*SMALL_BUCKETS, *((f"zero_optimization.{key}", value) for key, value in keys.items()))
+                if engine == "deepspeed" and zero_stage
+                else ()
+            ),
         ),
         device="cpu",
         measure=MeasureSettings(micro_steps=3),
@@ -132,6 +137,8 @@ def traced_peak(request: TrialRequest, rank: int = 0) -> int:
             (True, a_request("deepspeed", 3, "bf16", "full")),
             (True, a_request("deepspeed", 3, "fp32", accumulation=1)),
             (True, a_request("deepspeed", 3, "bf16", offload="optimizer+parameters")),
+            # Parameters that persist, by default all of so small a model, have no second copy.
+            (False, a_request("deepspeed", 3, zero_hpz_partition_size=2, stage3_param_persistence_threshold=1000)),
         ]
     ],
 )

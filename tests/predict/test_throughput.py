@@ -50,6 +50,8 @@ PLAIN = Layout(
 TRIAL = TrialConfig(engine="pytorch", gpus=8, micro_batch_size=2, sequence_length=4096)
 WORK = Workload(global_batch_size=64)
 
+_GATHER = TimePart.PARAMETER_GATHER
+
 sizes = st.sampled_from([1, 2, 4, 8])
 
 
@@ -229,6 +231,19 @@ class TestTrials:
             for value in (False, True)
         )
         assert hidden[TimePart.GRADIENT_REDUCTION] < shown[TimePart.GRADIENT_REDUCTION]
+
+    def test_a_second_partition_gathers_inside_a_node_but_for_the_first_pass(self) -> None:
+        far = replace(TRIAL, engine="deepspeed", gpus=64, micro_batch_size=1, sequence_length=256, zero_stage=3)
+        near = replace(far, deepspeed=(("zero_optimization.zero_hpz_partition_size", 8),))
+
+        def gathering(config: TrialConfig, accumulation: int) -> float:
+            work = replace(WORK, global_batch_size=64 * accumulation)
+            return float(predict_trials(SHAPE, Trials.of([config], work, SHAPE), CLUSTER).parts[_GATHER][0])
+
+        # Passes after the first; backward ones are hidden, with and without.
+        more, more_near = (gathering(config, 4) - gathering(config, 1) for config in (far, near))
+        assert gathering(near, 1) == pytest.approx(gathering(far, 1))
+        assert 0 < more_near < more / 3
 
     def test_one_gpu_communicates_nothing(self) -> None:
         parts = trial(replace(TRIAL, gpus=1)).breakdown

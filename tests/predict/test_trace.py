@@ -89,6 +89,7 @@ def peaks(config: TrialConfig, *, accumulates: bool) -> tuple[float, float]:
             (True, a_config("deepspeed", 3, "full", "optimizer"), True),
             (True, a_config("deepspeed", 3, "none", "optimizer+parameters"), True),
             (True, a_config("deepspeed", 3, sub_group_size=100_000), False),
+            (True, a_config("deepspeed", 3, zero_hpz_partition_size=4), True),
         ]
     ],
     ids=lambda value: value.describe() if isinstance(value, TrialConfig) else f"accumulates-{value}",
@@ -126,6 +127,17 @@ def test_offloaded_states_are_the_hosts() -> None:
     # fp32 masters, two moments, bf16 gradients; in the update fp32 gradients besides
     assert 14 * share * 0.98 < parts["optimizer"][Part.HOST] < 20 * share * 1.05
     assert parts["optimizer+parameters"][Part.HOST] - parts["optimizer"][Part.HOST] == pytest.approx(2 * share, rel=0.1)
+
+
+def test_a_second_partition_is_two_bytes_a_parameter_over_its_ranks() -> None:
+    parameters, ranks = DEEP.num_parameters, 4
+    # As in a large model: a layer is let go of after its forward pass, and only norms are never.
+    keys = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 200_000)
+    config = a_config("deepspeed", 3, zero_hpz_partition_size=ranks, stage3_param_persistence_threshold=1000, **keys)
+    found = trace_stream(DEEP, config, accumulates=False).breakdown(BATCH, LENGTH, "cuda")[Part.PARAMETERS]
+    # At the peak the head is gathered, and let go of only later.
+    copied = parameters - DEEP.vocab_size * DEEP.config["hidden_size"]
+    assert found == pytest.approx((2 + 4) * parameters / 8 + 2 * copied / ranks, rel=0.01)
 
 
 def test_what_lies_between_depends_on_depth_alone() -> None:
