@@ -23,7 +23,7 @@ and for the step:
 
     gradient reduction  max(0, reduction - the backward pass that hides it), where an engine hides it; over groups of
                         ranks that shard (HSDP), a sum of each shard besides
-    parameter gather    of ZeRO-1 and 2 after the update; of FSDP2 and ZeRO-3 for each layer, max(0, gather - the layer),
+    parameter gather    of ZeRO-1 and 2 after the update; FSDP2 and ZeRO-3 for each layer, max(0, gather - the layer);
                         with ZeRO++'s hpZ, but for a step's first pass, over the ranks of the second copy
     optimizer           bytes of norm, clipping, AdamW and copy
     offload             gradients and parameters over PCIe, and the processor's Adam

@@ -132,7 +132,7 @@ def test_offloaded_states_are_the_hosts() -> None:
 def test_a_second_partition_is_two_bytes_a_parameter_over_its_ranks() -> None:
     parameters, ranks = DEEP.num_parameters, 4
     # As in a large model: a layer is let go of after its forward pass, and only norms are never.
-    keys = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 200_000)
+    keys: dict[str, Any] = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 200_000)
     config = a_config("deepspeed", 3, zero_hpz_partition_size=ranks, stage3_param_persistence_threshold=1000, **keys)
     found = trace_stream(DEEP, config, accumulates=False).breakdown(BATCH, LENGTH, "cuda")[Part.PARAMETERS]
     # At the peak the head is gathered, and let go of only later.
