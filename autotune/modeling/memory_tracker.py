@@ -42,6 +42,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Highest live bytes after each (phase, operator)."""
         self._live_bytes = 0
         self._storages: dict[int, int] = {}  # storage -> bytes counted
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @property
     def live_bytes(self) -> int:
@@ -106,7 +107,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self._storages.get(key)
         if known is None:
             # The storage's Python object lives exactly as long as the storage itself.
-            weakref.finalize(storage, self._release, key).atexit = False
+            self._watched[key] = weakref.ref(storage, lambda _: self._release(key))
         grown = size - (known or 0)
         self._storages[key] = size
         self._live_bytes += grown
@@ -114,6 +115,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _release(self, key: int) -> None:
         self._live_bytes -= self._storages.pop(key)
+        del self._watched[key]
 
     def _note(self, site: str, grown: int) -> None:
         """Record the live bytes after an operator that added `grown`, and refuse them if they are too many.

@@ -141,6 +141,7 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
     else:
         import deepspeed.runtime.engine
         import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+        import deepspeed.utils.nvtx
         from deepspeed.accelerator import get_accelerator
 
         from autotune.engines import deepspeed as engine
@@ -157,6 +158,8 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         yield torch.nn.functional, "linear", torch.nn.functional.linear
         # The host's processor decides nothing here.
         yield type(get_accelerator()), "is_fp16_supported", lambda self: True
+        # Marks for a profiler, around thousands of calls.
+        yield deepspeed.utils.nvtx, "enable_nvtx", False
         # It asks `numactl`, for each bucket that ZeRO-3 reduces.
         yield type(get_accelerator()), "device_count", lambda self: request.config.gpus
 

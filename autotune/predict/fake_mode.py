@@ -8,11 +8,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, _BypassDispatchCache, _DispatchCacheKey
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    _BypassDispatchCache,
+    _DispatchCacheKey,
+    in_kernel_invocation_manager,
+)
 
 CPU = torch.device("cpu")
 """FakeTensors of a device that PyTorch was not built for end the process, so the step runs the kernels of the CPU."""
 
+_META = torch.device("meta")
 _DEVICE: Any = torch.ops.prim.device.default
 _ITEM: Any = torch.ops.aten._local_scalar_dense.default
 _AS_STRIDED: Any = torch.ops.aten.as_strided.default
@@ -56,13 +63,20 @@ class _Made(NamedTuple):
         return cls(None, known.view_idx, data.shape, data.stride, offset, data.dtype, data.device)
 
 
+class _Several(NamedTuple):
+    """How a list or tuple of results is made again."""
+
+    kind: type[list[Any] | tuple[Any, ...]]
+    each: tuple[_Made, ...]
+
+
 class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclass hook has no annotations
     """A mode that knows an answer when a value is read, and is quicker about what is asked most.
 
     Buffers are made real (`build_model`) and become fake when they are moved to the device.
     """
 
-    _results: ClassVar[dict[tuple[object, ...], _Made | list[_Made] | None]] = {}
+    _results: ClassVar[dict[tuple[object, ...], _Made | _Several | None]] = {}
     """By operator and arguments, of all modes; None where it has to be found anew each time."""
 
     def __init__(self) -> None:
@@ -85,8 +99,13 @@ class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclas
         if func is _AS_STRIDED and type(args[0]) is FakeTensor and not kwargs:
             return self._view(*args)
         kwargs = kwargs or {}
-        parts: list[object] = [func, torch.get_default_dtype()]
+        if func.namespace == "c10d":  # of a process group that does nothing: returns what it was given
+            with in_kernel_invocation_manager(self):
+                return func(*args, **kwargs)
+        parts: list[object] = [func._op, torch.get_default_dtype()]  # an overload's own hash is slow
         try:
+            if func is _VIEW_DTYPE:  # counts the offset in elements of another size
+                parts.append(args[0].storage_offset())
             _add_to_key(parts, args)
             if kwargs:
                 _add_to_key(parts, kwargs.items())
@@ -99,8 +118,8 @@ class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclas
             if key not in self._results:
                 self._results[key] = self._how_made(func, args, kwargs, result)
             return result
-        if isinstance(made, list):
-            return [self._made_again(each, args) for each in made]
+        if isinstance(made, _Several):
+            return made.kind([self._made_again(each, args) for each in made.each])
         return self._made_again(made, args)
 
     def _view(self, tensor: FakeTensor, shape: Any, stride: Any, offset: int | None = None) -> Any:
@@ -108,26 +127,22 @@ class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclas
         begin = 0 if offset is None else offset - int(tensor.storage_offset())
         return self._made_again(_Made(None, 0, shape, stride, begin, tensor.dtype, tensor.fake_device), (tensor,))
 
-    def _how_made(self, func: Any, args: Any, kwargs: Any, result: Any) -> "_Made | list[_Made] | None":
+    def _how_made(self, func: Any, args: Any, kwargs: Any, result: Any) -> "_Made | _Several | None":
         """How to make a result, or each of several, again; None where that is not known."""
-        if func is _VIEW_DTYPE:  # counts the offset in elements of another size
-            return None
-        several: Any = tuple(result) if isinstance(result, list) else result
         state: Any = vars(fake_tensor)["_CacheKeyState"](None)
+        several: Any = tuple(result) if isinstance(result, list) else result
         try:
             entry = self._make_cache_entry(state, _DispatchCacheKey(()), func, args, kwargs, several)
-            made = [_Made.of(known, args) for known in entry.output_infos]
+            made = tuple(_Made.of(known, args) for known in entry.output_infos)
         except _BypassDispatchCache:
             return None
-        if isinstance(result, list):
-            return made
-        return None if entry.is_output_tuple else made[0]
+        return _Several(list if isinstance(result, list) else tuple, made) if entry.is_output_tuple else made[0]
 
     def _made_again(self, made: _Made, args: Any) -> Any:
         """A known result. PyTorch's own does the same in three times the time."""
         if made.dtype is None:
             return made.constant if made.returned is None else args[made.returned]
-        meta = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta")
+        meta = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device=_META)
         if made.viewed is not None:
             viewed = args[made.viewed]
             meta.set_(viewed.untyped_storage(), viewed.storage_offset() + made.offset, made.shape, made.stride)
@@ -144,6 +159,9 @@ class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclas
         return False
 
 
+_PLAIN = frozenset((int, bool, float, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format))
+
+
 def _add_to_key(parts: list[object], args: Any) -> None:
     """What decides on a result.
 
@@ -152,12 +170,15 @@ def _add_to_key(parts: list[object], args: Any) -> None:
     """
     parts.append(len(args))
     for arg in args:
-        if isinstance(arg, FakeTensor) and arg.constant is None and arg.layout is torch.strided:
+        kind = type(arg)
+        if kind is FakeTensor and arg.constant is None and arg.layout is torch.strided:
             parts += (arg.dtype, arg.shape, arg.stride(), arg.fake_device)
+        elif kind in _PLAIN:
+            parts += (kind, arg)  # 1 and 1.0 are equal and mean different things
         elif isinstance(arg, torch.Tensor):
             raise _BypassDispatchCache("a tensor of another kind")
         elif isinstance(arg, (list, tuple)):
-            parts.append(type(arg))
+            parts.append(kind)
             _add_to_key(parts, arg)
         else:
-            parts += (type(arg), arg)  # 1 and 1.0 are equal and mean different things
+            parts += (kind, arg)

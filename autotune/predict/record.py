@@ -32,7 +32,8 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
         self._doubles: set[int] = set()
         self._update_on_host = update_on_host
         self._vocab_size = vocab_size
-        self._operator = ""
+        self._operator: Any = None  # the last one
+        self._is_double = False  # whether what it made is of fp64
         self._part = Part.ACTIVATIONS
         self._blocks: list[tuple[str, int, int]] = []  # (operator, bytes, block)
         self._parts: dict[int, Part] = {}  # block -> what it is for
@@ -125,7 +126,7 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # autograd asks each tensor: most of all calls
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)
-        self._operator = _name(func)
+        self._operator, self._is_double = func, False
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, torch.Tensor):
             self._count(result)
@@ -141,35 +142,42 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
         return False
 
     def _count(self, tensor: torch.Tensor) -> int:
-        if tensor.dtype is torch.float64:
-            self._operator = "to fp64"  # a copy for a norm, which grows unlike others that the same operator makes
+        if type(tensor) is not FakeTensor:
+            self._describe(tensor)
+            return super()._count(tensor)
+        # Nothing is wrapped, and to ask through PyTorch for its device is dear.
+        storage = tensor.untyped_storage()
+        if tensor.fake_device.type == "meta" or self._storages.get(storage._cdata) == storage.nbytes():
+            return 0  # a view, or changed in place: most of all
+        self._describe(tensor)
+        return self._recount(storage)
+
+    def _describe(self, tensor: torch.Tensor) -> None:
+        self._is_double = tensor.dtype is torch.float64
         self._part = Part.ACTIVATIONS
-        if self._operator.startswith(_COLLECTIVES):
+        if _name(self._operator).startswith(_COLLECTIVES):
             self._part = Part.BUFFERS
         elif self._update_on_host and self._key is not None and self._key[1] == "update":
             self._part = Part.HOST
         elif self._vocab_size in tensor.shape:
             self._part = Part.LOGITS
-        if type(tensor) is FakeTensor:  # nothing is wrapped, and to ask through PyTorch for its device is dear
-            grown = 0 if tensor.fake_device.type == "meta" else self._recount(tensor.untyped_storage())
-        else:
-            grown = super()._count(tensor)
-        if grown and tensor.dtype is torch.float64:
-            self._doubles.add(self._numbers[tensor.untyped_storage()._cdata])
-        return grown
 
     def _recount(self, storage: torch.UntypedStorage) -> int:
         known = self._storages.get(storage._cdata, 0)
         grown = super()._recount(storage)
-        key = storage._cdata
-        if key not in self._numbers:
-            self._numbers[key] = len(self._parts)
-            self._parts[self._numbers[key]] = self._part
+        number = self._numbers.get(storage._cdata)
+        if number is None:
+            number = self._numbers[storage._cdata] = len(self._parts)
+            self._parts[number] = self._part
         if grown:
+            # A copy in fp64 is for a norm, and grows unlike others that the same operator makes.
+            name = "to fp64" if self._is_double else _name(self._operator)
+            if self._is_double:
+                self._doubles.add(number)
             if known:
-                self._blocks.append(("resize", -known, self._numbers[key]))
+                self._blocks.append(("resize", -known, number))
             if known + grown:
-                self._blocks.append((self._operator, known + grown, self._numbers[key]))
+                self._blocks.append((name, known + grown, number))
         return grown
 
     def _release(self, key: int) -> None:
