@@ -143,6 +143,7 @@ def _train_script(study: Study, source: Best) -> str:
         trial=source.trial,
         describe=config.describe(),
         method=config.method,
+        optimizer=config.optimizer,
         model=space.model.name,
         nodes=nodes,
         ranks_per_node=config.gpus // nodes,

@@ -76,7 +76,7 @@ def sharding(trainer: Trainer) -> dict[str, Any]:
             "bf16": wrapped.bfloat16_enabled(),
             "clipping": wrapped.gradient_clipping(),
             "reduce_bucket_size": wrapped.zero_reduce_bucket_size(),
-            "optimizer": {key: wrapped.optimizer_params()[key] for key in ("lr", "weight_decay")},
+            "optimizer": {key: (wrapped.optimizer_params() or {}).get(key) for key in ("lr", "weight_decay")},
         }
     if isinstance(wrapped, DistributedDataParallel):
         return {"wrapper": "ddp"}
@@ -91,6 +91,15 @@ def sharding(trainer: Trainer) -> dict[str, Any]:
         "weights": sorted({str(parameter.dtype) for parameter in wrapped.parameters()}),
         "shards": sorted({type(parameter).__name__ for parameter in wrapped.parameters()}),
     }
+
+
+def optimizer(trainer: Trainer) -> str:
+    """The kind of the one inside what accelerate and DeepSpeed put around it."""
+    found: Any = trainer.optimizer
+    while hasattr(found, "optimizer"):
+        found = found.optimizer
+    bits = f" {found.args.optim_bits} bits" if hasattr(found, "args") else ""
+    return f"{type(found).__module__}.{type(found).__name__}{bits}"
 
 
 def main() -> None:
@@ -127,6 +136,7 @@ def main() -> None:
             "passes": [watch.passes[index] for index in sorted(watch.passes)],
             "dtypes": sorted(watch.dtypes),
             "sharding": sharding(trainer),
+            "optimizer": optimizer(trainer),
             "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
         }
         Path(sys.argv[2]).write_text(json.dumps(report))

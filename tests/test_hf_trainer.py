@@ -150,6 +150,17 @@ def test_a_deepspeed_winner_by_accelerate_launch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("engine", "stage"), [("deepspeed", 2), ("deepspeed", 3), ("pytorch", 0)])
+def test_a_winner_with_states_of_8_bits(tmp_path: Path, engine: str, stage: int) -> None:
+    search = {"engine": engine, "zero_stage": stage, "micro_batch_size": 2, "activation_checkpointing": "full"}
+    keys = {"deepspeed": BUCKETS} if engine == "deepspeed" else {}
+    folder = export(tmp_path, ON_CPU, {**search, **keys, "numerics": {"optimizer": "adamw_8bit"}})
+    report = run(folder, "torchrun", "--standalone", "--nproc-per-node", RANKS)
+    assert_trained(report, micro_batch_size=2, accumulation=2, every=1)
+    assert report["optimizer"] == "bitsandbytes.optim.adamw.AdamW 8 bits"
+
+
+@pytest.mark.slow
 def test_a_ddp_winner(tmp_path: Path) -> None:
     search = {"engine": "pytorch", "zero_stage": 0, "micro_batch_size": 2, "activation_checkpointing": "full"}
     report = run(export(tmp_path, ON_CPU, search), "torchrun", "--standalone", "--nproc-per-node", RANKS)

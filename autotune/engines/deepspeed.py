@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from autotune.engines.optimizers import build_optimizer
 from autotune.formats.deepspeed_json import set_dotted, to_deepspeed
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
@@ -55,10 +56,12 @@ class DeepSpeedEngine:
             # HF and DeepSpeed hold the weights in the compute dtype; fp32 masters are the optimizer's.
             materialize(model, device, COMPUTE_DTYPES[config.precision], workload.seed)
         apply_activation_checkpointing(model, config)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._engine: Any = deepspeed.initialize(
             model=model,
-            # All that trains in one group, as under the Trainer when the JSON names the optimizer.
-            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            # The Trainer makes an optimizer where the JSON names none. Else all that trains is in one group.
+            optimizer=None if "optimizer" in document else build_optimizer(trained, config, workload),
+            model_parameters=trained,
             config=document,
             dist_init_required=False,
         )[0]
@@ -188,8 +191,9 @@ def _adapt_to_cpu(document: dict[str, Any]) -> None:
     could be copied to.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    set_dotted(document, "optimizer.params.torch_adam", True)
-    set_dotted(document, "optimizer.params.fused", True)
+    if "optimizer" in document:
+        set_dotted(document, "optimizer.params.torch_adam", True)
+        set_dotted(document, "optimizer.params.fused", True)
     document["zero_force_ds_cpu_optimizer"] = False
     document["zero_allow_untested_optimizer"] = True
     for section in ("offload_optimizer", "offload_param"):

@@ -10,8 +10,8 @@ and accelerate do (read in transformers 5.23 and accelerate 1.15), and what foll
   dtype, between the micro-steps. That is what the Trainer needs too, unless its `sync_each_batch` is set.
 - DDP searches for unused parameters unless activations are checkpointed (`Trainer._build_accelerator_args`).
 - One process is no DDP.
-- AdamW is torch's fused one, with weight decay on matrices only. Clipping is `clip_grad_norm_`, whose norm is global:
-  DTensor gradients reduce over the mesh.
+- AdamW is torch's fused one, or bitsandbytes', with weight decay on matrices only. Clipping is `clip_grad_norm_`, whose
+  norm is global: DTensor gradients reduce over the mesh.
 - Adapters of LoRA are fp32 like all that trains; frozen weights have the compute dtype, in which they are loaded.
 - fp16 has a dynamic loss scale (`torch.amp.GradScaler`, which accelerate uses with FSDP2 as well). accelerate refuses
   fp16 on CPU; torch can do it, so the code path is tested there.
@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin
 
+from autotune.engines.optimizers import build_optimizer
 from autotune.errors import UsageError
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
@@ -65,9 +66,7 @@ class PyTorchEngine:
         self._max_norm = workload.max_gradient_norm or float("inf")
         self._model = self._lay_out(request, device)
         self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self._parameters, workload.weight_decay), lr=workload.learning_rate, fused=True
-        )
+        self.optimizer = build_optimizer(self._parameters, config, workload)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._norm = torch.tensor(float("nan"))
         self._offload = config.offload
@@ -188,17 +187,6 @@ class PyTorchEngine:
         elif isinstance(self._model, DistributedDataParallel) and not boundary:
             return self._model.no_sync()
         return nullcontext()
-
-
-def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
-    """AdamW's groups as the Trainer makes them: matrices decay, norms and biases do not."""
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups: list[dict[str, object]] = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def build_pytorch_engine(request: TrialRequest, device: torch.device) -> PyTorchEngine:

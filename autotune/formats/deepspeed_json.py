@@ -31,7 +31,7 @@ OWNED_KEYS = {
     "zero_optimization.offload_param.device": "use the axis offload",
     "zero_optimization.cpu_offload": "use the axis offload",
     "zero_optimization.cpu_offload_params": "use the axis offload",
-    "optimizer.type": "Autotune measures with AdamW",
+    "optimizer.type": "use the axis search.numerics.optimizer",
     "optimizer.params.lr": "set workload.learning_rate",
     "optimizer.params.weight_decay": "set workload.weight_decay",
     "activation_checkpointing": "transformers has its own; use the axis activation_checkpointing",
@@ -77,10 +77,7 @@ def to_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
         "zero_optimization": zero,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": workload.learning_rate, "weight_decay": workload.weight_decay},
-        },
+        **_optimizer(config, workload),
         "steps_per_print": QUIET_STEPS_PER_PRINT,
     }
     for key, value in config.deepspeed:
@@ -88,6 +85,14 @@ def to_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
             raise UsageError(reason)
         set_dotted(document, key, value)
     return document
+
+
+def _optimizer(config: TrialConfig, workload: Workload) -> dict[str, Any]:
+    """DeepSpeed's own AdamW; one that it does not have is made by who calls it, and has to be allowed."""
+    if config.optimizer != "adamw":
+        return {"zero_allow_untested_optimizer": True}
+    params = {"lr": workload.learning_rate, "weight_decay": workload.weight_decay}
+    return {"optimizer": {"type": "AdamW", "params": params}}
 
 
 TRAINER_KEYS = (
@@ -115,7 +120,8 @@ def to_hf_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
     """
     document = to_deepspeed(config, workload)
     for key in TRAINER_KEYS:
-        set_dotted(document, key, "auto")
+        if key.partition(".")[0] in document:
+            set_dotted(document, key, "auto")
     return document
 
 

@@ -56,7 +56,7 @@ FILES = {
     "training_args": ScriptFile(
         name="training_args.yaml",
         targets=("hf_trainer",),
-        axes=_SHARDING | {"micro_batch_size", "activation_checkpointing", "selective_every"},
+        axes=_SHARDING | {"micro_batch_size", "activation_checkpointing", "selective_every", "optimizer"},
         write=lambda config, workload, _nodes, device: _yaml(to_training_args(config, workload, device)),
     ),
     "ds_config_hf": ScriptFile(

@@ -24,6 +24,8 @@ exported train.py, which trains on the user's text with the engine that trials r
 
 _NAMES = {"hf_trainer": "transformers' Trainer", "accelerate": "accelerate"}
 
+_ADAM_8_BIT = "`bitsandbytes.optim.AdamW(…, optim_bits=8)`"
+
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 READ_BY_TARGETS = (
@@ -124,12 +126,13 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
             f"makes batches of {config.micro_batch_size} and `Accelerator(gradient_accumulation_steps={accumulation})`"
         )
         if config.engine == "deepspeed":
-            todo.append("optimizes with `accelerate.utils.DummyOptim`, which stands for the optimizer of the JSON")
+            stands = "`accelerate.utils.DummyOptim`, which stands for the optimizer of the JSON"
+            todo.append(f"optimizes with {_ADAM_8_BIT if config.optimizer == 'adamw_8bit' else stands}")
         else:
-            todo.append(
-                f"optimizes with `torch.optim.AdamW(…, fused=True)`"
-                f" and `accelerator.clip_grad_norm_(…, {workload.max_gradient_norm:g})`"
-            )
+            made = _ADAM_8_BIT if config.optimizer == "adamw_8bit" else "`torch.optim.AdamW(…, fused=True)`"
+            todo.append(f"optimizes with {made} and `accelerator.clip_grad_norm_(…, {workload.max_gradient_norm:g})`")
+    elif config.optimizer == "adamw_8bit":
+        todo.append(f"hands {_ADAM_8_BIT} to `deepspeed.initialize` as its `optimizer`")
     return todo
 
 

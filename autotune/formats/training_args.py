@@ -41,7 +41,9 @@ def to_training_args(config: TrialConfig, workload: Workload, device: Device) ->
         document[f"{checkpointing_argument()}_kwargs"] = {"use_reentrant": False, **every}
     if config.engine == "deepspeed":
         document["deepspeed"] = to_hf_deepspeed(config, workload)
-    else:
+    if config.optimizer == "adamw_8bit":
+        document["optim"] = "adamw_bnb_8bit"
+    elif config.engine == "pytorch":  # DeepSpeed's JSON names its own
         document["optim"] = "adamw_torch_fused"
     if config.engine == "pytorch" and config.zero_stage:
         document["fsdp"] = True

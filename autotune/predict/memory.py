@@ -209,11 +209,15 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
             "config": fields,
             "accumulates": accumulates,
             "rank": rank,
-            "versions": _versions() | (_version("bitsandbytes") if config.method == "qlora" else {}),
+            "versions": _versions() | (_version("bitsandbytes") if _asks_bitsandbytes(config) else {}),
             **({"batches": batches} if batches else {}),
         },
         sort_keys=True,
     )
+
+
+def _asks_bitsandbytes(config: TrialConfig) -> bool:
+    return config.method == "qlora" or config.optimizer == "adamw_8bit"
 
 
 def _with_window(model: dict[str, Any], config: TrialConfig) -> dict[str, Any]:

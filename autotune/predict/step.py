@@ -28,6 +28,8 @@ OPERATOR_SECONDS = 10e-6
 """One operator of these, forward."""
 ADAM_BYTES = 46
 """A parameter: gradient's norm 4 and clipping 8; parameter, gradient and two moments read 16, written 12; cast 6."""
+SHORT_STATES_BYTES = 12
+"""Of them, that states of 8 bits spare: two moments read and written in one byte each instead of four."""
 BUCKET_BYTES = 25 * 2**20
 """Of torch's DistributedDataParallel, `bucket_cap_mb`."""
 

@@ -58,6 +58,7 @@ from autotune.predict.step import (
     HOOKED_PASSES,
     ISSUE_SECONDS,
     OPERATOR_SECONDS,
+    SHORT_STATES_BYTES,
     StepTimes,
     in_buckets,
     stretch,
@@ -183,7 +184,8 @@ class _Sharded:
         result[TimePart.PARAMETER_GATHER] = self._gather(forward, backward)
         offloaded = trials.offload != "none"
         shards = np.where(trials.zero_stage > 0, self._shards, 1)
-        update = work.memory(ADAM_BYTES * self._trained / shards)
+        bytes_each = ADAM_BYTES - SHORT_STATES_BYTES * trials.short_states
+        update = work.memory(bytes_each * self._trained / shards)
         result[TimePart.OPTIMIZER] = np.where(offloaded, 0.0, update)
         result[TimePart.OFFLOAD] = np.where(offloaded, self._offload(shards), 0.0)
         return result

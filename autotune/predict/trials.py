@@ -67,6 +67,8 @@ class Trials:
     on_mlp: NDArray[np.bool_]
     quantized: NDArray[np.bool_]
     """The matrices are held in 4 bits."""
+    short_states: NDArray[np.bool_]
+    """Adam's states have 8 bits."""
 
     @classmethod
     def of(cls, configs: Sequence[TrialConfig], workload: Workload, shape: DecoderShape) -> Self:
@@ -116,6 +118,7 @@ class Trials:
             ),
             on_mlp=np.array([config.lora_target_modules in ("all-linear", "mlp") for config in configs], bool),
             quantized=np.array([config.method == "qlora" for config in configs], bool),
+            short_states=np.array([config.optimizer == "adamw_8bit" for config in configs], bool),
         )
 
     @classmethod
@@ -174,6 +177,7 @@ class Trials:
             on_attention=adapted & (targets != "mlp"),
             on_mlp=adapted & (targets != "attention"),
             quantized=values("method") == "qlora",
+            short_states=values("optimizer") == "adamw_8bit",
         )
         return trials, kinds
 

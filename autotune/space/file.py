@@ -20,6 +20,7 @@ from autotune.spec.config import (
     Loss,
     Method,
     Offload,
+    Optimizer,
     PipelineSchedule,
     Precision,
     Scalar,
@@ -148,6 +149,7 @@ class NumericsFile(_Strict):
     method: Axis[Method] | None = None
     lora_rank: Axis[PositiveInt] | None = None
     lora_target_modules: Axis[LoraTargets] | None = None
+    optimizer: Axis[Optimizer] | None = None
 
 
 class SearchFile(_Strict):
@@ -198,6 +200,7 @@ class BaselineFile(_Strict):
     lora_rank: PositiveInt | None = None
     lora_target_modules: LoraTargets | None = None
     batching: Batching | None = None
+    optimizer: Optimizer | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 

@@ -4,6 +4,7 @@ from autotune.formats.targets import READ_BY_TARGETS, Target, no_target
 from autotune.space.layouts import LAYOUT_RULES
 from autotune.space.lengths import LENGTH_RULES
 from autotune.space.methods import LORA_FIELDS, METHOD_RULES
+from autotune.space.optimizers import OPTIMIZER_RULES
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import TrialConfig
@@ -16,10 +17,17 @@ _SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
 def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
     """Every rule of a study, in the order in which they speak: the config can run, and a target can run it later."""
     expressed = Rule((*READ_BY_TARGETS, *DEGREES), lambda config, *_: no_target(targets, config))
-    return (*RULES, *LAYOUT_RULES, *METHOD_RULES, expressed)
+    return (*RULES, *LAYOUT_RULES, *METHOD_RULES, *OPTIMIZER_RULES, expressed)
 
 
-AXES_OF_CONDITIONS = ("engine", "zero_stage", "activation_checkpointing", "pipeline_parallel_size", "method")
+AXES_OF_CONDITIONS = (
+    "engine",
+    "zero_stage",
+    "activation_checkpointing",
+    "pipeline_parallel_size",
+    "method",
+    "optimizer",
+)
 """What `applies` reads of a config."""
 
 
@@ -43,6 +51,8 @@ def _deepspeed_key_applies(key: str, config: TrialConfig) -> bool:
     if config.engine != "deepspeed":
         return False
     group, _, name = key.partition(".")
+    if group == "optimizer" or key == "zero_allow_untested_optimizer":
+        return config.optimizer == "adamw"  # DeepSpeed's own; of another it must allow
     if group != "zero_optimization":
         return True
     if name.startswith("stage3_") or name in ("sub_group_size", "zero_hpz_partition_size"):

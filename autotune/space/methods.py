@@ -23,7 +23,7 @@ def contradiction(file: SpaceFile) -> str | None:
         if axis is not None and key in file.lora.model_fields_set:
             return f"lora.{key}: is stated here and as search.numerics.lora_{key}; keep one of them"
     stated = sorted(f"lora.{key}" for key in file.lora.model_fields_set)
-    stated += sorted(f"search.numerics.{key}" for key in numerics.model_fields_set - {"method"})
+    stated += sorted(f"search.numerics.{key}" for key in numerics.model_fields_set & set(LORA_FIELDS))
     if stated and set(numerics.method or [file.method]) == {"full"}:
         return f"{stated[0]}: means nothing to method full; take it out, or set method to lora or qlora"
     return None

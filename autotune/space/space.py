@@ -312,6 +312,7 @@ def _space(
     axes["lora_rank"] = tuple(numerics.lora_rank or [lora.rank])
     axes["lora_alpha"] = (lora.alpha,)
     axes["lora_target_modules"] = tuple(numerics.lora_target_modules or [lora.target_modules])
+    axes["optimizer"] = tuple(numerics.optimizer or ["adamw"])
     batching: tuple[Batching, ...] = ("dynamic_padding" if file.workload.lengths != "fixed" else "fixed",)
     axes["batching"] = batching if file.search.batching is None else tuple(file.search.batching)
     axes["gpus"] = tuple(file.search.gpus or [cluster.total_gpus])

@@ -13,6 +13,7 @@ ActivationCheckpointing = Literal["none", "full", "selective", "selective_ops"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
 Loss = Literal["full_logits", "chunked"]
+Optimizer = Literal["adamw", "adamw_8bit"]
 Method = Literal["full", "lora", "qlora"]
 LoraTargets = Literal["all-linear", "attention", "mlp"]
 Batching = Literal["fixed", "padded", "dynamic_padding", "packed"]
@@ -47,6 +48,7 @@ LATER_FIELDS: dict[str, Any] = {
     "lora_alpha": None,
     "lora_target_modules": None,
     "batching": "fixed",
+    "optimizer": "adamw",
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -101,6 +103,8 @@ class TrialConfig:
     batching: Batching = "fixed"
     """How sequences of different lengths become a micro-batch. `fixed`: they have one length. `padded`: to
     `sequence_length`; `dynamic_padding`: to the longest of the micro-batch. `packed`: one after another in one row."""
+    optimizer: Optimizer = "adamw"
+    """`adamw`: Adam's two states are fp32. `adamw_8bit`: they have 8 bits a value, by bitsandbytes."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -206,5 +210,7 @@ class TrialConfig:
             words.append(f"{self.loss} loss")
         if self.batching != "fixed":
             words.append(self.batching)
+        if self.optimizer != "adamw":
+            words.append(self.optimizer)
         words += [f"{name} {value}" for name, value in self.script]
         return " ".join(words)

@@ -16,6 +16,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import distributed
 from torch.nn import functional
+from torch.optim import AdamW
 
 from autotune.engines.batches import micro_batch, sequence
 from autotune.engines.engine import Engine
@@ -95,10 +96,10 @@ def plain_training(spec: ModelSpec) -> Trace:
     return plain_steps(model, WORKLOAD.learning_rate)
 
 
-def plain_steps(model: torch.nn.Module, rate: float) -> Trace:
+def plain_steps(model: torch.nn.Module, rate: float, adam: Callable[..., torch.optim.Optimizer] = AdamW) -> Trace:
     """Train what of a model is to be trained, by a loop that has nothing from the engines."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    optimizer = adam(parameters, lr=rate, weight_decay=0.0)
     trace = Trace([], [])
     for step in range(STEPS):
         ids = torch.stack(

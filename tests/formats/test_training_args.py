@@ -85,6 +85,16 @@ def test_what_transformers_would_ignore_or_refuse_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("engine", "stage"), [("pytorch", 0), ("deepspeed", 2)])
+def test_the_trainer_makes_the_optimizer_that_deepspeed_does_not_have(engine: str, stage: int) -> None:
+    short = config(engine=engine, zero_stage=stage, optimizer="adamw_8bit")
+    document = to_training_args(short, WORKLOAD, "cuda")
+    assert document["optim"] == "adamw_bnb_8bit"
+    filled = check_training_args(document)
+    assert "optimizer" not in filled
+    assert filled.get("zero_allow_untested_optimizer", False) == (engine == "deepspeed")
+
+
 def test_checking_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

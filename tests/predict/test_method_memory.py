@@ -1,4 +1,6 @@
-"""Memory of LoRA: what is traced against what real gloo ranks reach, on every engine, stage and layout."""
+"""Memory of LoRA, and of optimizer states of 8 bits: what is traced against what real gloo ranks reach, on every
+engine, stage and layout.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +28,11 @@ def lora(engine: str, stage: int, **fields: Any) -> dict[str, Any]:
     return {"engine": engine, "zero_stage": stage, "precision": "bf16", **adapters, **keys, **fields}
 
 
+def short_states(engine: str, stage: int, **fields: Any) -> dict[str, Any]:
+    keys = {"deepspeed": dict(SMALL_BUCKETS)} if engine == "deepspeed" else {}
+    return {"engine": engine, "zero_stage": stage, "precision": "bf16", "optimizer": "adamw_8bit", **keys, **fields}
+
+
 FULL = {"activation_checkpointing": "full"}
 PIPELINE = degrees(pipeline=2, schedule="1f1b")
 CASES = [
@@ -51,6 +58,14 @@ CASES = [
     (True, 4, 2, 4, lora("pytorch", 3, **degrees(tensor=2))),
     (True, 4, 2, 2, lora("pytorch", 3, **degrees(sequence=2))),
     (True, 8, 4, 2, lora("pytorch", 0, **PIPELINE)),
+    (False, 2, 2, 2, short_states("deepspeed", 3)),
+    (True, 12, 2, 2, short_states("pytorch", 0, precision="fp32")),
+    (True, 2, 1, 1, short_states("pytorch", 0, **FULL)),
+    (True, 8, 4, 2, short_states("pytorch", 0, **PIPELINE)),
+    (True, 4, 2, 2, short_states("pytorch", 0, **degrees(sequence=2), loss="chunked")),
+    *((True, 12, 2, 2, short_states("deepspeed", stage, **FULL)) for stage in range(4)),
+    (True, 12, 2, 2, short_states("deepspeed", 0, precision="fp32")),
+    (True, 12, 2, 2, short_states("deepspeed", 2, method="lora", lora_rank=4, lora_alpha=8, lora_target_modules="mlp")),
 ]
 
 

@@ -12,14 +12,14 @@ from autotune.predict.tracing import structures_of
 from autotune.space.space import Space, load_space
 from tests.samples import sample_space
 
-COMMAND = "python train.py {training_args} --optimizer {optimizer}"
+COMMAND = "python train.py {training_args} --optim {optim}"
 SEARCH: dict[str, Any] = {
     "engine": "pytorch",
     "zero_stage": 0,
     "precision": "fp32",
     "micro_batch_size": [1, 2],
     "activation_checkpointing": ["none", "full"],
-    "script": {"optimizer": ["adamw", "lion"]},
+    "script": {"optim": ["adamw", "lion"]},
 }
 
 
@@ -37,17 +37,17 @@ def script_space(folder: Path, section: dict[str, Any] | None = None, **search: 
 def test_knobs_are_axes(folder: Path) -> None:
     space = script_space(folder)
     assert len(space.candidates) == 2 * 2 * 2
-    assert space.axes["script.optimizer"] == ("adamw", "lion")
+    assert space.axes["script.optim"] == ("adamw", "lion")
     first, second = space.candidates[:2]
-    assert (first.script, second.script) == ((("optimizer", "adamw"),), (("optimizer", "lion"),))
+    assert (first.script, second.script) == ((("optim", "adamw"),), (("optim", "lion"),))
     assert first.fingerprint != second.fingerprint
     assert type(first).from_dict(first.to_dict()) == first
-    assert second.describe().endswith("optimizer lion")
+    assert second.describe().endswith("optim lion")
     assert all(config in space for config in space.candidates)
-    assert space.values(second)["script.optimizer"] == "lion"
+    assert space.values(second)["script.optim"] == "lion"
     run = space.script
     assert run is not None
-    assert run.command == ("python", "train.py", "{training_args}", "--optimizer", "{optimizer}")
+    assert run.command == ("python", "train.py", "{training_args}", "--optim", "{optim}")
     assert run.folder == str(folder)
 
 
@@ -79,19 +79,19 @@ def test_nothing_is_predicted_unless_it_is_asked_for(folder: Path) -> None:
         ({"command": "python train.py {"}, {}, r"script\.command: found '\{', in which a brace"),
         ({"command": "python 'train.py"}, {}, r"script\.command: found .* no closing quotation"),
         ({"command": []}, {}, r"script\.command: found \[\]"),
-        ({"command": "python other.py {training_args} {optimizer}"}, {}, r"'other.py', which is no file in"),
-        ({"command": "python train.py {training_args}"}, {}, r"search\.script\.optimizer: is passed nowhere; write"),
-        ({"command": "python train.py {optimizer}"}, {}, "activation_checkpointing: has 2 values, but .* pass"),
+        ({"command": "python other.py {training_args} {optim}"}, {}, r"'other.py', which is no file in"),
+        ({"command": "python train.py {training_args}"}, {}, r"search\.script\.optim: is passed nowhere; write"),
+        ({"command": "python train.py {optim}"}, {}, "activation_checkpointing: has 2 values, but .* pass"),
         ({}, {"attention": ["sdpa", "eager"]}, r"search\.attention: has 2 values, .* neither {attention} nor a file"),
         ({}, {"engine": ...}, None),
-        ({"command": "python train.py {micro_batch_size} {optimizer}"}, {"engine": ...}, "engine: has 2 values by def"),
-        ({}, {"script": {"optimizer": "adamw", "seed": 1}}, r"search\.script: found 'seed'; a knob is named"),
-        ({}, {"script": {"optimizer": "adamw", "a-b": 1}}, r"search\.script: found 'a-b'; a knob is named"),
+        ({"command": "python train.py {micro_batch_size} {optim}"}, {"engine": ...}, "engine: has 2 values by def"),
+        ({}, {"script": {"optim": "adamw", "seed": 1}}, r"search\.script: found 'seed'; a knob is named"),
+        ({}, {"script": {"optim": "adamw", "a-b": 1}}, r"search\.script: found 'a-b'; a knob is named"),
         ({"environment": {"A B": "1"}}, {}, r"script\.environment: found 'A B'; a variable is named"),
         ({"environment": {"A": "{nothing}"}}, {}, r"script\.environment\.A: found the placeholder {nothing}"),
         ({"launch": "ssh"}, {}, r"script\.launch: found 'ssh'"),
         (
-            {"command": "accelerate launch {accelerate} {micro_batch_size} {activation_checkpointing} {optimizer}"},
+            {"command": "accelerate launch {accelerate} {micro_batch_size} {activation_checkpointing} {optim}"},
             {"engine": "deepspeed"},
             "add --deepspeed_config_file {ds_config}",
         ),

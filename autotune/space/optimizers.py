@@ -1,0 +1,66 @@
+"""The rules of `optimizer`: where Adam's states can have 8 bits."""
+
+import importlib.util
+
+from autotune.space.rule import Rule, reads
+from autotune.spec.adapters import trainable_parameters
+from autotune.spec.cluster import ClusterSpec
+from autotune.spec.config import TrialConfig
+from autotune.spec.model import ModelSpec
+from autotune.spec.workload import Workload
+
+MOST_VALUES = 2**31 - 1
+"""Of a tensor that bitsandbytes updates: it hands their number on in 32 bits (backends/cuda/ops.py)."""
+
+_SUB_GROUP = "zero_optimization.sub_group_size"
+_SUB_GROUP_SIZE = 10**9
+"""DeepSpeed's own, runtime/zero/config.py."""
+
+
+@reads("optimizer")
+def _installed(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        return "optimizer adamw_8bit needs bitsandbytes, which is not installed: pip install 'autotune-llm[adamw-8bit]'"
+    return None
+
+
+@reads("optimizer", "engine", "zero_stage", "tensor_parallel_size")
+def _whole_tensors(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.optimizer != "adamw_8bit" or config.engine != "pytorch":
+        return None
+    for field in ("zero_stage", "tensor_parallel_size"):
+        value = getattr(config, field)
+        if value > (field == "tensor_parallel_size"):
+            return (
+                f"optimizer adamw_8bit does not know the DTensors that {field} {value} makes on engine pytorch;"
+                " engine deepspeed shards what it can take"
+            )
+    return None
+
+
+@reads("optimizer", "offload")
+def _on_the_gpu(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.optimizer == "adamw_8bit" and config.offload != "none":
+        return f"offload {config.offload} updates by DeepSpeed's Adam of the host, whose states are fp32; use adamw"
+    return None
+
+
+@reads(
+    "optimizer", "engine", "zero_stage", "gpus", "method", "lora_rank", "lora_target_modules", f"deepspeed.{_SUB_GROUP}"
+)
+def _counts_in_32_bits(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.optimizer != "adamw_8bit" or config.engine != "deepspeed" or config.zero_stage == 0:
+        return None
+    values = trainable_parameters(model, config) / config.gpus
+    if config.zero_stage == 3:
+        values = min(values, float(dict(config.deepspeed).get(_SUB_GROUP, _SUB_GROUP_SIZE)))
+    if values <= MOST_VALUES:
+        return None
+    remedy = f"a smaller {_SUB_GROUP}" if config.zero_stage == 3 else "zero_stage 3 or more GPUs"
+    return (
+        f"optimizer adamw_8bit updates at most {MOST_VALUES:,} values at a time, and zero_stage {config.zero_stage}"
+        f" gives it {values:,.0f}; use {remedy}"
+    )
+
+
+OPTIMIZER_RULES: tuple[Rule, ...] = (_installed, _whole_tensors, _on_the_gpu, _counts_in_32_bits)
