@@ -47,7 +47,12 @@ def _ulysses(
         key, value = (heads.repeat_interleave(copies, dim=1) for heads in (key, value))
     query, key, value = (_heads_for_tokens(heads, group) for heads in (query, key, value))
     attend = ALL_ATTENTION_FUNCTIONS[module.inner_attention]
-    output, _ = attend(module, query, key, value, mask, **kwargs)
+    # Flash attention looks there for the library that it is to call.
+    module.config._attn_implementation = module.inner_attention
+    try:
+        output, _ = attend(module, query, key, value, mask, **kwargs)
+    finally:
+        module.config._attn_implementation = _NAME
     return _tokens_for_heads(output, group), None
 
 

@@ -25,7 +25,7 @@ import autotune
 from autotune.predict import device
 from autotune.predict.stream import PipelineStream, RankStream, SitedStream, Stream, fragmentation_bytes
 from autotune.spec.cluster import ClusterSpec
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import FLASH_ATTENTION, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.prediction import MemoryPrediction, Part
 from autotune.spec.workload import Workload
@@ -196,10 +196,10 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     fields["micro_batch_size"] = 2
     # Tensors of fp16 have the sizes of those of bf16; a loss scaler is a few bytes.
     fields["precision"] = "bf16" if config.precision == "fp16" else config.precision
-    # Both attend by a flash kernel, which saves its output and a logarithm for each position.
-    fields["attention"] = "sdpa" if config.attention == "flash_attention_2" else config.attention
+    # All attend by a flash kernel, which saves its output and a logarithm for each position.
+    fields["attention"] = "sdpa" if config.attention in FLASH_ATTENTION else config.attention
     # A flash kernel is told where sequences begin, and has no mask; a sequence alone has none either.
-    if config.attention == "flash_attention_2" or config.is_never_padded:
+    if config.attention in FLASH_ATTENTION or config.is_never_padded:
         fields.pop("batching", None)
     elif config.batching == "dynamic_padding":
         fields["batching"] = "padded"

@@ -61,7 +61,7 @@ def _sequence(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: 
     if config.sequence_length % size:
         return f"sequence_parallel_size {size} does not divide sequence_length {config.sequence_length}"
     if config.attention == "eager":
-        return f"sequence_parallel_size {size} needs attention sdpa or flash_attention_2, not eager"
+        return f"sequence_parallel_size {size} needs attention sdpa or a flash kernel, not eager"
     # Key heads are copied until the ranks divide them, and the query heads must still be a multiple of them.
     heads, keys = model.num_attention_heads // tensor, model.num_key_value_heads // tensor
     if heads % size or heads % max(1, keys * size // math.gcd(max(1, keys), size)):

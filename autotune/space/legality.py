@@ -1,6 +1,7 @@
 """The rules that refuse a config before any process starts. Each names the values that clash and why."""
 
 from autotune.formats.targets import READ_BY_TARGETS, Target, no_target
+from autotune.space.attention import ATTENTION_RULES
 from autotune.space.layouts import LAYOUT_RULES
 from autotune.space.lengths import LENGTH_RULES
 from autotune.space.methods import LORA_FIELDS, METHOD_RULES
@@ -143,17 +144,6 @@ def _fp16_on_host(config: TrialConfig, _work: Workload, _model: ModelSpec, _clus
     return None
 
 
-@reads("attention", "precision")
-def _flash_attention(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
-    if config.attention != "flash_attention_2":
-        return None
-    if cluster.device == "cpu":
-        return "attention flash_attention_2 needs a GPU"
-    if config.precision == "fp32":
-        return "attention flash_attention_2 has no fp32 kernel"
-    return None
-
-
 RULES: tuple[Rule, ...] = (
     _batch_divides,
     _fits_the_cluster,
@@ -164,6 +154,6 @@ RULES: tuple[Rule, ...] = (
     _selective,
     _fp16_on_cpu,
     _fp16_on_host,
-    _flash_attention,
+    *ATTENTION_RULES,
     *LENGTH_RULES,
 )

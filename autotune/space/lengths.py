@@ -53,7 +53,7 @@ def _batching(config: TrialConfig, workload: Workload, _model: ModelSpec, _clust
     if config.batching == "packed" and config.micro_batch_size == 1:
         return "batching packed with micro_batch_size 1 is dynamic_padding: one sequence has nothing to be packed with"
     if config.batching == "packed" and config.attention == "eager":
-        return "batching packed needs attention sdpa or flash_attention_2, not eager"
+        return "batching packed needs attention sdpa or a flash kernel, not eager"
     return None
 
 

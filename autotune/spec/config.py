@@ -10,7 +10,7 @@ Engine = Literal["deepspeed", "pytorch"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Offload = Literal["none", "optimizer", "optimizer+parameters"]
 ActivationCheckpointing = Literal["none", "full", "selective", "selective_ops"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
 Loss = Literal["full_logits", "chunked"]
 Optimizer = Literal["adamw", "adamw_8bit"]
@@ -31,6 +31,9 @@ KEPT_OPERATORS = (
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
 )
 """Of `torch.ops`: what `selective_ops` does not compute twice. FlashAttention-2's kernel is not one of them."""
+
+FLASH_ATTENTION: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_3")
+"""Kernels of Dao et al., which are told where sequences begin and take no mask."""
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

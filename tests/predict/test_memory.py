@@ -188,6 +188,7 @@ def test_both_kinds_of_streams_come_back_from_disk_as_they_were() -> None:
     [
         {"precision": "fp16"},
         {"attention": "flash_attention_2"},
+        {"attention": "flash_attention_3"},
         {"micro_batch_size": 1},
         {"micro_batch_size": 16},
         {"sequence_length": 4096},
