@@ -29,8 +29,8 @@ from threadpoolctl import threadpool_limits
 
 from autotune.predict.machine import MachineRates, measure
 from autotune.predict.plan import Plan, plan_memory
+from autotune.search.candidates import Candidates, Observed
 from autotune.search.columns import candidates_of
-from autotune.search.expected_improvement import Candidates, Observed
 from autotune.space.space import Space, load_space
 from autotune.spec.config import TrialConfig
 

@@ -28,7 +28,8 @@ from autotune.predict.shape import DecoderShape, LayerShape, Matrix, read_shape
 from autotune.predict.step import StepTimes
 from autotune.predict.throughput import predict_trials
 from autotune.predict.trials import Trials
-from autotune.search.expected_improvement import Candidates, Expectation, ExpectedImprovement, Observed
+from autotune.search.candidates import Candidates, Observed
+from autotune.search.expected_improvement import Expectation, ExpectedImprovement
 from autotune.search.step_parts import step_columns
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import TrialConfig

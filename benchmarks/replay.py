@@ -48,7 +48,8 @@ from autotune.predict.layout_times import STEP_PROFILES, Layouts, predict_layout
 from autotune.predict.layouts import TRAINER_PROFILES, Layout, impossible, predict_layout
 from autotune.predict.roofline import TimePart
 from autotune.predict.shape import DecoderShape, read_shape
-from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed
+from autotune.search.candidates import Candidates, Observed
+from autotune.search.expected_improvement import ExpectedImprovement
 from autotune.search.samplers import SamplerName, build_sampler
 from autotune.search.step_parts import network_parts, step_columns
 from autotune.units import GIB

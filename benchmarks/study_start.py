@@ -31,8 +31,9 @@ from plan_warm import SPACE as LARGE_SPACE
 from threadpoolctl import threadpool_limits
 
 from autotune.predict.plan import Plan, plan_memory
+from autotune.search.candidates import Observed
 from autotune.search.columns import candidates_of
-from autotune.search.expected_improvement import ExpectedImprovement, Observed
+from autotune.search.expected_improvement import ExpectedImprovement
 from autotune.space.space import load_space
 from autotune.spec.outcome import Failure, FailureKind, Measurement, Outcome, Phase, RankMeasurement
 from autotune.store.store import open_store

@@ -30,8 +30,9 @@ from replay import search_plan
 from threadpoolctl import threadpool_limits
 
 from autotune.predict.plan import Plan
+from autotune.search.candidates import Observed
 from autotune.search.columns import candidates_of
-from autotune.search.expected_improvement import Expectation, ExpectedImprovement, Observed
+from autotune.search.expected_improvement import Expectation, ExpectedImprovement
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.predict.plan import Plan
-from autotune.search.expected_improvement import Candidates
+from autotune.search.candidates import Candidates
 from autotune.search.step_parts import step_columns
 from autotune.space.space import NOT_APPLICABLE, Space
 from autotune.spec.config import Scalar, TrialConfig

@@ -21,8 +21,8 @@ from autotune.predict.plan import Plan
 from autotune.predict.roofline import TimePart, total
 from autotune.predict.step import StepTimes
 from autotune.results import standing_results
+from autotune.search.candidates import Candidates, Observed
 from autotune.search.columns import context_of, rows_of
-from autotune.search.expected_improvement import Candidates, Observed
 from autotune.search.lessons import observation
 from autotune.search.step_parts import network_parts, step_columns
 from autotune.space.space import Space, stored_space

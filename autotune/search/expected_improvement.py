@@ -20,14 +20,15 @@ Left out: noise of the best measurement so far (confirmation is for that), and l
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import block_diag
-from scipy.special import erfcx, log_ndtr, ndtr, ndtri
+from scipy.special import log_ndtr, ndtr, ndtri
 
-from autotune.search.posterior import LENGTH, Evidence, Floats, Indices, Issued, Model, Posterior, Values, axis_columns
+from autotune.search.candidates import Candidates, Observed
+from autotune.search.gain import Front, log_improvement
+from autotune.search.posterior import LENGTH, Evidence, Floats, Indices, Model, Posterior, Values, axis_columns
 
 # Widths of the prior. All are judgement, none is a fit; but the form of the model, and one floor, were changed after
 # looking at replays of measured sweeps (benchmarks/README.md).
@@ -41,8 +42,6 @@ NOISE_DEVIATION = 0.05
 """Of a measured throughput: short trials on one cluster repeat within a few percent."""
 MEMORY_SHARES = (0.5, 0.25, 0.25)
 """Of the variance of a memory prediction: bias, axes together, combinations. Errors of a formula are mostly common."""
-MEMORY_NOISE = 0.02
-"""Of a measured peak: the allocator's rounding."""
 EARLIER_DEVIATION, EARLIER_MEMORY_DEVIATION = 0.1, 0.03
 """Of what an earlier study measured as a measure of the same deviation from the prediction here, beyond its noise."""
 FAILURE_RATE, FAILURE_STRENGTH = 0.05, 1.0
@@ -52,7 +51,6 @@ LEAST_FIT_PROBABILITY = 1e-3
 
 Row = TypeVar("Row")
 
-_COLUMNS = ("features", "throughput", "shares", "peak_bytes", "peak_deviation", "cost")
 _ROUNDS = 4
 _MOST_ROWS = 256
 """Observations of throughput that are kept: the best half of them, and evenly of the rest."""
@@ -64,84 +62,6 @@ MOST_TRIED = 512
 """Trials that tell how probable others of their kind are to run: failures first, and evenly of the rest."""
 _CHUNK = 2048
 _BLOCK = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """N candidates in columns."""
-
-    features: Values
-    """(N, D). One unit is as far as a doubling of a size, or one choice from another."""
-    throughput: Values
-    """(N,) predicted, in any unit; all equal where nothing is predicted."""
-    shares: Values
-    """(N, K) of the parts of the predicted step; K = 0 where it has none."""
-    unknowns: Values
-    """(K, U): by how much the logarithm of what a part takes moves for one standard deviation of each unknown."""
-    issued: Issued | None = None
-    """None where all parts add up as they are."""
-    peak_bytes: Values
-    """(N,) predicted."""
-    peak_deviation: Values
-    """(N,) standard deviation of the peak, as a ratio of it."""
-    capacity_bytes: float
-    """What a candidate may use."""
-    cost: Values
-    """(N,) of a trial, in any unit."""
-    offered: int | None = None
-    """The first so many may be proposed, None: all. The others are configs that earlier studies ran on equal hardware,
-    perhaps of another model, length or number of GPUs: what was observed of them teaches, but less surely."""
-
-    def only(self, rows: Indices) -> "Candidates":
-        """Some of them."""
-        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _COLUMNS}
-        issued = self.issued and replace(self.issued, shares=self.issued.shares[rows])
-        return replace(self, **columns, issued=issued)
-
-    def before(self, earlier: "Candidates", network: Sequence[int], elsewhere: NDArray[np.bool_]) -> "Candidates":
-        """With configs of earlier studies behind them, which are not offered.
-
-        Args:
-            earlier: M configs.
-            network: which of the K parts are of the network.
-            elsewhere: (M,) those that ran on another one, inside a node or between nodes where these do not: how slow
-                it is says nothing here, so that its parts are parts of their own.
-        """
-        network = list(network)
-        own = np.hstack([self.shares, np.zeros((len(self.shares), len(network)))])
-        moved = earlier.shares[:, network] * elsewhere[:, None]
-        theirs = earlier.shares.copy()
-        theirs[:, network] -= moved
-        joined: dict[str, Any] = {
-            name: np.concatenate([getattr(self, name), getattr(earlier, name)]) for name in _COLUMNS
-        }
-        joined["shares"] = np.concatenate([own, np.hstack([theirs, moved])])
-        unknowns, issued = block_diag(self.unknowns, self.unknowns[network]), None
-        if self.issued is not None and earlier.issued is not None:
-            needed = np.concatenate([self.issued.shares, earlier.issued.shares])
-            hides = np.concatenate([self.issued.hides, self.issued.hides[network]])
-            issued = Issued(needed, self.issued.late, hides)
-        return replace(self, **joined, unknowns=unknowns, issued=issued, offered=len(self.throughput))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
-    """What a finished trial taught. One that taught nothing is left out."""
-
-    candidate: int
-    throughput: float | None = None
-    """Measured; in the unit of the predictions."""
-    at_most: float | None = None
-    """It cannot be faster: a trial that was stopped."""
-    peak_bytes: float | None = None
-    """Measured; more than the capacity makes a throughput ineligible."""
-    peak_deviation: float = MEMORY_NOISE
-    """Of the peak as a measure of what is needed, as a ratio. Of reserved bytes it is large: an allocator keeps, while
-    there is room, what it gives back where there is none."""
-    ran_out: bool = False
-    """It needed at least the capacity."""
-    failed: bool = False
-    """For another reason than memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -387,12 +307,12 @@ class _View:
     def _log_gain(self, logs: Values, deviations: Values) -> Values:
         """Logarithm of the expected improvement in throughput."""
         best = None if self.best_throughput is None else float(np.log(self.best_throughput))
-        alone = _log_improvement(logs, deviations, best)
+        alone = log_improvement(logs, deviations, best)
         if self._running is None or (best is not None and self._running[0] <= best):
             return alone
         reached, probability = self._running
         probability = min(max(probability, 1e-12), 1 - 1e-12)
-        beaten = _log_improvement(logs, deviations, reached)
+        beaten = log_improvement(logs, deviations, reached)
         return np.asarray(np.logaddexp(np.log(probability) + beaten, np.log1p(-probability) + alone))
 
     def best(self) -> Proposal | None:
@@ -462,50 +382,6 @@ class _View:
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
-    """What was reached with at most so much memory: K stretches of memory, in each the best throughput so far.
-
-    Its volume is the area under that staircase, memory as a ratio of the capacity. What a candidate is expected to add
-    to it, with a peak that is taken to be known (Emmerich et al., "Hypervolume-based expected improvement", 2011):
-
-        sum_k max(0, end_k - max(start_k, peak)) / capacity x E[max(throughput - level_k, 0)]
-    """
-
-    starts: Values
-    """Bytes (K,)."""
-    ends: Values
-    levels: Values
-    """Throughput (K,); 0 where nothing was measured that needs so little."""
-    capacity_bytes: float
-
-    @classmethod
-    def of(cls, measured: Sequence[Observed], capacity_bytes: float) -> Self:
-        """The staircase of what was measured and fits."""
-        points = [(one.peak_bytes, one.throughput) for one in measured if one.peak_bytes is not None]
-        steps = [(0.0, 0.0)]
-        for peak, throughput in sorted((peak, throughput or 0.0) for peak, throughput in points):
-            if peak <= capacity_bytes and throughput > steps[-1][1]:
-                steps.append((peak, throughput))
-        starts, levels = np.array(steps).T
-        return cls(starts, np.append(starts[1:], capacity_bytes), levels, capacity_bytes)
-
-    @property
-    def volume(self) -> float:
-        """In units of throughput."""
-        return float((self.ends - self.starts) @ self.levels) / self.capacity_bytes
-
-    def log_gain(self, logs: Values, deviations: Values, peaks: Values) -> Values:
-        """Logarithm of the expected gain in volume, of candidates (B,) with these log throughputs and peak bytes."""
-        found = np.full(len(logs), -np.inf)
-        for start, end, level in zip(self.starts, self.ends, self.levels, strict=True):
-            width = np.maximum(end - np.maximum(start, peaks), 0.0) / self.capacity_bytes
-            with np.errstate(divide="ignore"):
-                share = np.log(width)
-            found = np.logaddexp(found, share + _log_improvement(logs, deviations, np.log(level) if level else None))
-        return found
-
-
-@dataclass(frozen=True, slots=True)
 class _Judgement:
     """Of candidates (B,); all but deviations are logarithms."""
 
@@ -546,22 +422,3 @@ def sampled(tried: Sequence[Observed]) -> tuple[Indices, Values, Values]:
 def _between(median: Values, deviation: Values, coverage: float) -> tuple[Values, Values]:
     reach = np.exp(float(ndtri(0.5 + coverage / 2)) * deviation)
     return median / reach, median * reach
-
-
-def _log_improvement(logs: Values, deviations: Values, best: float | None) -> Values:
-    """log(best x E[max(log throughput - log best, 0)]); log E[throughput] where there is no best.
-
-    With z = (mean - best) / deviation the expectation is deviation x (pdf(z) + z·cdf(z)); below z = -1 by erfcx, which
-    loses no digits (Ament et al., arXiv:2310.20708, equation 9).
-    """
-    if best is None:
-        return logs + deviations**2 / 2
-    z = (logs - best) / deviations
-    low = np.clip(z, -1e6, -1.0)
-    ratio = np.sqrt(np.pi / 2) * -low * erfcx(-low / np.sqrt(2))
-    # Beyond -1e3, 1 - ratio is its asymptote 1/z².
-    tail = np.where(low > -1e3, np.log1p(-np.minimum(ratio, 1 - 1e-15)), -2 * np.log(-low))
-    far = -(low**2) / 2 - np.log(2 * np.pi) / 2 + tail
-    high = np.maximum(z, -1.0)
-    near = np.log(np.exp(-(high**2) / 2) / np.sqrt(2 * np.pi) + high * ndtr(high))
-    return np.asarray(best + np.log(deviations) + np.where(z < -1, far, near))

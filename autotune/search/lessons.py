@@ -1,7 +1,7 @@
 """What the outcome of a trial teaches the posterior."""
 
 from autotune.results import UNSTABLE
-from autotune.search.expected_improvement import MEMORY_NOISE, Observed
+from autotune.search.candidates import MEMORY_NOISE, Observed
 from autotune.spec.outcome import FailureKind, Measurement, Outcome
 
 RESERVED_DEVIATION = 0.08

@@ -14,10 +14,11 @@ from optuna.samplers import BaseSampler, RandomSampler
 from threadpoolctl import ThreadpoolController
 
 from autotune.predict.plan import Plan
+from autotune.search.candidates import Observed
 from autotune.search.columns import candidates_of
 from autotune.search.distributions import distributions
 from autotune.search.earlier import Earlier
-from autotune.search.expected_improvement import ExpectedImprovement, Observed, Proposal
+from autotune.search.expected_improvement import ExpectedImprovement, Proposal
 from autotune.search.lessons import observation
 from autotune.spec.config import TrialConfig
 from autotune.spec.outcome import Outcome

@@ -10,9 +10,10 @@ import pytest
 
 from autotune.predict.plan import Plan
 from autotune.predict.roofline import TimePart
+from autotune.search.candidates import Candidates, Observed
 from autotune.search.columns import features_of, rows_of
 from autotune.search.earlier import Earlier, earlier_trials
-from autotune.search.expected_improvement import Candidates, ExpectedImprovement, Observed
+from autotune.search.expected_improvement import ExpectedImprovement
 from autotune.search.plan_sampler import PlanSampler
 from autotune.search.tune_search import TuneSearch
 from autotune.spec.outcome import Measurement, Outcome

@@ -14,12 +14,9 @@ from autotune.predict.roofline import TimePart
 from autotune.predict.step import StepTimes
 from autotune.search import expected_improvement as module
 from autotune.search import posterior
-from autotune.search.expected_improvement import (
-    Candidates,
-    ExpectedImprovement,
-    Observed,
-    Proposal,
-)
+from autotune.search.candidates import Candidates, Observed
+from autotune.search.expected_improvement import ExpectedImprovement, Proposal
+from autotune.search.gain import Front, log_improvement
 from autotune.search.step_parts import step_columns, step_unknowns
 
 Values = NDArray[np.float64]
@@ -311,7 +308,7 @@ def test_logarithmic_improvement_has_no_gaps() -> None:
     best = np.log(100.0)
 
     def improvement(z: float) -> float:
-        return float(module._log_improvement(np.array([best + 0.1 * z]), np.array([0.1]), best)[0])
+        return float(log_improvement(np.array([best + 0.1 * z]), np.array([0.1]), best)[0])
 
     # E[max(z + normal, 0)] by summation.
     grid = np.linspace(-12, 12, 200_001)
@@ -414,7 +411,7 @@ def test_the_expected_gain_in_volume_is_what_sampling_says() -> None:
         Observed(candidate=2, throughput=40.0, peak_bytes=30.0),  # beaten by the one before it
         Observed(candidate=3, throughput=500.0, peak_bytes=90.0),  # does not fit
     ]
-    front = module.Front.of(measured, 80.0)
+    front = Front.of(measured, 80.0)
     assert front.levels.tolist() == [0.0, 50.0, 100.0]
     assert front.volume == pytest.approx((40 * 50 + 20 * 100) / 80)
     logs, deviations = np.log([45.0, 70.0, 90.0, 110.0]), np.full(4, 0.2)
@@ -439,7 +436,7 @@ def test_a_front_is_widened_towards_little_memory_where_that_is_wanted(seed: int
             proposal = search.propose(observed)
             assert proposal is not None
             observed.append(world.run(proposal.candidate))
-        volumes[trade] = module.Front.of([one for one in observed if one.throughput is not None], CAPACITY).volume
+        volumes[trade] = Front.of([one for one in observed if one.throughput is not None], CAPACITY).volume
     assert volumes[True] > volumes[False]
 
 
