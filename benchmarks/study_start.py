@@ -15,6 +15,7 @@ whose throughput is what is predicted times chance; the median of five proposals
 
 import argparse
 import datetime
+import gc
 import json
 import statistics
 import subprocess
@@ -113,18 +114,19 @@ def fill(plan: Plan, url: str, trials: int) -> None:
             store.finish_attempt(attempt, outcome_of(plan, at, chance))
 
 
-def start(space_path: Path, url: str) -> dict[str, Any]:
-    """What `tune` does up to the first proposal; seconds since the process began, after each step."""
-    began = psutil.Process().create_time()
+def start(space_path: Path, url: str, began: float) -> dict[str, Any]:
+    """What `tune` does up to the first proposal, and after each step the seconds since the process was asked for."""
     seconds: dict[str, float] = {}
     processor_seconds: dict[str, float] = {}
 
     def reached(step: str) -> None:
         seconds[step], processor_seconds[step] = time.time() - began, time.process_time()
 
+    from autotune.cli.main import NEW_OBJECTS
     from autotune.search.samplers import SamplerName, build_sampler
     from autotune.search.tune_search import TuneSearch
 
+    gc.set_threshold(NEW_OBJECTS)  # as `main` does
     reached("import")
     plan = plan_memory(load_space(space_path))
     reached("plan")
@@ -182,9 +184,8 @@ def compare(scratch: Path, trials: int) -> dict[str, Any]:
     starts = {}
     for name in ("empty", "full"):
         url, space = f"sqlite:///{scratch}/{name}.db", str(scratch / "small" / "space.yaml")
-        run = subprocess.run(
-            [sys.executable, __file__, "--start", space, url], stdout=subprocess.PIPE, check=True, text=True
-        )
+        command = [sys.executable, __file__, "--start", space, url, repr(time.time())]
+        run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
         starts[name] = json.loads(run.stdout.splitlines()[-1])
     proposals = {count: next_candidate(plan if count == 10_000 else large, count) for count in MOST_SECONDS}
     seconds = starts["full"]["seconds"]["propose"]
@@ -204,11 +205,13 @@ def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=10_000, help="stored trials")
-    parser.add_argument("--start", nargs=2, metavar=("SPACE", "STORE"), help="time one start, and print it")
+    parser.add_argument(
+        "--start", nargs=3, metavar=("SPACE", "STORE", "BEGAN"), help="go on with a start, and print its times"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     if options.start:
-        print(json.dumps(start(Path(options.start[0]), options.start[1])))
+        print(json.dumps(start(Path(options.start[0]), options.start[1], float(options.start[2]))))
         return 0
     with tempfile.TemporaryDirectory(prefix="start-") as scratch:
         report = compare(Path(scratch), options.trials)

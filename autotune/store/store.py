@@ -329,12 +329,15 @@ class SqlStore:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Nothing that is read can be garbage yet, and looking for some among it takes as long as reading it."""
+    """Nothing that is read can be garbage yet, and looking for some among it takes as long as reading it; later too,
+    where a study's trials live as long as its process.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if was_enabled:
             gc.enable()
 

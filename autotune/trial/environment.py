@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from autotune.spec.request import DeviceType
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "ray", "numpy")
@@ -30,6 +28,8 @@ def environment(device: DeviceType) -> dict[str, str]:
 
 
 def _cuda() -> dict[str, str]:
+    import torch  # the driver of a study asks for a CPU's, and would wait a second for it
+
     found = {"device": torch.cuda.get_device_name()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
