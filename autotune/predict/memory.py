@@ -48,7 +48,9 @@ _SOURCES = (
     "predict/fake_mode.py",
     "predict/record.py",
     "predict/reserved.py",
+    "predict/segments.py",
     "predict/stream.py",
+    "predict/structure.py",
     "predict/trace.py",
 )
 _DEFAULT_WINDOWS = dict.fromkeys(("mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text"), 4096)

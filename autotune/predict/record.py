@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
 from autotune.modeling.memory_tracker import MemoryTracker
-from autotune.predict.stream import Change, Key, Kind, Standing
+from autotune.predict.segments import Change, Key, Kind, Standing
 from autotune.spec.prediction import Part
 
 _COLLECTIVES = ("c10d", "fsdp", "resize_")

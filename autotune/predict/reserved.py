@@ -24,17 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.predict.allocator import AllocatorSettings, replay
-from autotune.predict.stream import (
-    MIDDLE,
-    QUANTITIES,
-    REPLAYED_BATCH,
-    REPLAYED_TOKENS,
-    Change,
-    StructureError,
-    Trace,
-    line,
-    quantities,
-)
+from autotune.predict.segments import MIDDLE, QUANTITIES, Change, StructureError, Trace, line, quantities
+from autotune.predict.stream import REPLAYED_BATCH, REPLAYED_TOKENS
 from autotune.spec.prediction import Part
 
 Event = tuple[int, list[float]]

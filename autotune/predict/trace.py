@@ -19,19 +19,17 @@ from autotune.predict.fake import fake_trial
 from autotune.predict.memory import layers_of_rank
 from autotune.predict.record import Recorder
 from autotune.predict.reserved import Event, deep_step_of, fragmentation, step_of
-from autotune.predict.stream import (
+from autotune.predict.segments import (
     CHECKED_BATCH,
     CHECKED_LENGTH,
-    MAX_WHOLE_LAYERS,
     TRACED_BATCH,
     TRACED_LAYERS,
     TRACED_LENGTH,
-    SitedStream,
-    Stream,
-    Structure,
     StructureError,
     Trace,
 )
+from autotune.predict.stream import SitedStream, Stream
+from autotune.predict.structure import MAX_WHOLE_LAYERS, Structure
 from autotune.spec.adapters import adapted_matrices, trainable_parameters
 from autotune.spec.config import Attention, TrialConfig
 from autotune.spec.model import ModelSpec

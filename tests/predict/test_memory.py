@@ -13,7 +13,8 @@ import pytest
 
 from autotune.predict import memory
 from autotune.predict.memory import context_bytes, is_traced, predict_memory, rank_streams, structures
-from autotune.predict.stream import PARTS, QUANTITIES, REPLAYED_TOKENS, SitedStream, Stream
+from autotune.predict.segments import PARTS, QUANTITIES
+from autotune.predict.stream import REPLAYED_TOKENS, SitedStream, Stream
 from autotune.predict.trace import record_trace
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import TrialConfig

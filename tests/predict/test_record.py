@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autotune.predict.record import Recorder
-from autotune.predict.stream import Change, Standing
+from autotune.predict.segments import Change, Standing
 from autotune.spec.prediction import Part
 
 VOCABULARY = 512

@@ -7,22 +7,21 @@ import pytest
 
 from autotune.predict.allocator import replay
 from autotune.predict.reserved import Event, deep_step_of, fragmentation, step_of
-from autotune.predict.stream import (
+from autotune.predict.segments import (
     CHECKED_BATCH,
     CHECKED_LENGTH,
-    REPLAYED_BATCH,
-    REPLAYED_TOKENS,
     TRACED_BATCH,
     TRACED_LAYERS,
     TRACED_LENGTH,
     Change,
     Key,
     Standing,
-    Structure,
     StructureError,
     Trace,
     quantities,
 )
+from autotune.predict.stream import REPLAYED_BATCH, REPLAYED_TOKENS
+from autotune.predict.structure import Structure
 from autotune.predict.trace import record_trace
 from autotune.spec.config import TrialConfig
 from autotune.spec.prediction import Part

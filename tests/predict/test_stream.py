@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune.predict.stream import (
+from autotune.predict.segments import (
     CHECKED_BATCH,
     CHECKED_LENGTH,
     TRACED_BATCH,
@@ -16,10 +16,10 @@ from autotune.predict.stream import (
     TRACED_LENGTH,
     Change,
     Key,
-    Structure,
     StructureError,
     Trace,
 )
+from autotune.predict.structure import Structure
 from autotune.spec.prediction import Part
 
 SAVED, WORK = Part.ACTIVATIONS, Part.LOGITS

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autotune.predict.stream import MAX_WHOLE_LAYERS, Stream
+from autotune.predict.stream import Stream
+from autotune.predict.structure import MAX_WHOLE_LAYERS
 from autotune.predict.trace import record_trace, trace_stream
 from autotune.spec.config import ActivationCheckpointing, Engine, Offload, TrialConfig
 from autotune.spec.model import ModelSpec
