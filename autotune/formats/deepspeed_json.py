@@ -60,7 +60,8 @@ def to_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
     """The DeepSpeed config of `config`, its keys always in the same order.
 
     Raises:
-        UsageError: `config.deepspeed` sets a key that is not free, or parameters are offloaded below ZeRO stage 3.
+        UsageError: `config.deepspeed` sets a key that is not free, parameters are offloaded below ZeRO stage 3, or
+            matrices are shared at stage 0.
         ValueError: the global batch does not divide.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
@@ -80,6 +81,10 @@ def to_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
         **_optimizer(config, workload),
         "steps_per_print": QUIET_STEPS_PER_PRINT,
     }
+    if config.tensor_parallel_size > 1:
+        if config.zero_stage == 0:
+            raise UsageError(f"tensor_parallel_size {config.tensor_parallel_size} needs zero_stage 1, 2 or 3, not 0")
+        document["tensor_parallel"] = {"autotp_size": config.tensor_parallel_size}
     for key, value in config.deepspeed:
         if reason := _not_free(key):
             raise UsageError(reason)

@@ -120,6 +120,12 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
             kept = ", ".join(f"torch.ops.{name}" for name in KEPT_OPERATORS)
             context = f', "context_fn": functools.partial(create_selective_checkpoint_contexts, [{kept}])'
         todo.append(f'calls `model.{checkpointing_argument()}_enable({{"use_reentrant": False{context}}}{every})`')
+    if target == "deepspeed" and config.tensor_parallel_size > 1:
+        todo.append(
+            f"gives {config.tensor_parallel_size} neighbours in rank the same sequences, which is for"
+            f" `DistributedSampler(…, num_replicas={config.data_parallel_size},"
+            f" rank=dist.get_rank() // {config.tensor_parallel_size})`"
+        )
     if target == "accelerate":
         accumulation = workload.gradient_accumulation_steps(config)
         todo.append(

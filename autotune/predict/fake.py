@@ -143,6 +143,7 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
         import deepspeed.utils.nvtx
         from deepspeed.accelerator import get_accelerator
+        from deepspeed.sequence import cross_entropy
 
         from autotune.engines import deepspeed as engine
 
@@ -160,8 +161,23 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         yield type(get_accelerator()), "is_fp16_supported", lambda self: True
         # Marks for a profiler, around thousands of calls.
         yield deepspeed.utils.nvtx, "enable_nvtx", False
+        # Before the first step it would compare what tensor parallel ranks were given.
+        yield deepspeed.runtime.engine.DeepSpeedEngine, "_configure_tensor_parallel_states", _share_matrices
+        # The shares of a vocabulary are compared over ranks.
+        tensor = request.config.tensor_parallel_size
+        yield cross_entropy, "_validate_vocab_shard_bounds", lambda size, *args: size * tensor
         # It asks `numactl`, for each bucket that ZeRO-3 reduces.
         yield type(get_accelerator()), "device_count", lambda self: request.config.gpus
+
+
+def _share_matrices(engine: Any, model: torch.nn.Module) -> None:
+    """What DeepSpeed's engine does to share matrices over ranks, but for a look at their data."""
+    from deepspeed.utils import groups
+
+    engine._set_client_model(model)
+    engine.mpu = groups
+    with _disable_current_modes():  # the table of ranks is read
+        groups._init_tp_mesh_device(tensor_model_parallel_size=engine.autotp_size())
 
 
 def _on_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:

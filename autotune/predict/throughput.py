@@ -11,8 +11,10 @@ With the letters of `roofline.py`, for a micro-batch:
 
     logits              one more forward pass of the head where the loss is chunked
     tensor parallel     over t ranks: a layer gathers value·n·h bytes before and scatters as many after attention and
-                        MLP, in each pass; embedding and head once. Over u ranks that share sequences (Ulysses, Jacobs
-                        et al., arXiv:2309.14509): n/u tokens a rank, and q, k, v and the result exchanged in each pass
+                        MLP, in each pass; embedding and head once. DeepSpeed's AutoTP sums as many bytes after each of
+                        the two, and gathers whole logits unless the head is the embedding; what each rank then does
+                        with all of them is left out. Over u ranks that share sequences (Ulysses, Jacobs et al.,
+                        arXiv:2309.14509): n/u tokens a rank, and q, k, v and the result exchanged in each pass
     pipeline transfer   value·n·h/t bytes to the next stage, and back, for each stage of a rank
 
 and for the step:
@@ -137,7 +139,17 @@ class _Sharded:
         self._gpu, self._deepspeed, self._value = cluster.gpu, engine == "deepspeed", 4 if precision == "fp32" else 2
         self._mixed = precision != "fp32"
         length = trials.length.astype(float)
-        self._work = LayerWork(shape, cluster.gpu, kernels, precision, tokens, length, tensor, frozen=trials.rank > 0)
+        self._work = LayerWork(
+            shape,
+            cluster.gpu,
+            kernels,
+            precision,
+            tokens,
+            length,
+            tensor,
+            splits_norms=not self._deepspeed,
+            frozen=trials.rank > 0,
+        )
         casts = self._mixed and not self._deepspeed
         self._adapters = AdapterWork(
             self._work, trials.rank, trials.on_attention, trials.on_mlp, trials.quantized, casts
@@ -157,6 +169,8 @@ class _Sharded:
         heads = np.where(trials.stages > 1, 1, 2 - shape.tie_word_embeddings)
         layer, matrix = shape.layers[0].parameters, shape.embedding.parameters
         self._parameters = (self._layers * layer + heads * matrix) / tensor + shape.hidden_size
+        if self._deepspeed and not shape.tie_word_embeddings:  # AutoTP's ranks have all of the embedding
+            self._parameters = self._parameters + matrix * (1 - 1 / tensor)
         adapters = self._layers * layer_parameters(shape, trials.rank, trials.on_attention, trials.on_mlp) / tensor
         self._trained = np.where(trials.rank > 0, adapters, self._parameters)
 
@@ -169,8 +183,7 @@ class _Sharded:
         compute[TimePart.RECOMPUTATION] = layers * again
         head = work.head(backward=False)
         compute[TimePart.LOGITS] = (1 + trials.chunked) * head + work.head(backward=True) + work.embedding_gradient()
-        ends = 4 * self._net.all_gather(self._tensor_group, self._row_bytes)  # embedding and head, in both passes
-        compute[TimePart.TENSOR_PARALLEL] = compute[TimePart.TENSOR_PARALLEL] + ends
+        compute[TimePart.TENSOR_PARALLEL] = compute[TimePart.TENSOR_PARALLEL] + self._ends()
         casts, sums = self._weight_bytes()
         compute[TimePart.ELEMENTWISE] = compute[TimePart.ELEMENTWISE] + work.memory(casts)
         compute[TimePart.ACCUMULATION] = work.memory(sums)
@@ -204,7 +217,19 @@ class _Sharded:
         widths = (shape.query_width, shape.key_value_width, shape.key_value_width, shape.query_width)
         # Each rank sends all of its share but its own part of it, as in an all-gather of as many bytes.
         exchanged = sum(net.all_gather(shared, self._value * tokens * width / trials.tensor) for width in widths)
+        if self._deepspeed:
+            return 2 * net.all_reduce(self._tensor_group, self._row_bytes)
         return np.asarray(4 * net.all_gather(self._tensor_group, self._row_bytes) + exchanged)
+
+    def _ends(self) -> Values:
+        """Seconds of a micro-batch in which embedding and head communicate over tensor parallel ranks."""
+        net, ranks = self._net, self._tensor_group
+        if not self._deepspeed:
+            return 4 * net.all_gather(ranks, self._row_bytes)
+        summed = net.all_reduce(ranks, self._row_bytes)
+        if self._shape.tie_word_embeddings:
+            return 2 * summed
+        return summed + net.all_gather(ranks, self._row_bytes / self._shape.hidden_size * self._shape.vocab_size)
 
     def _transfer(self) -> Values:
         """Seconds of a micro-batch's messages between stages."""

@@ -142,7 +142,9 @@ def _trace_pipeline(model: ModelSpec, config: TrialConfig, batches: int, rank: i
 
 def pieces(config: TrialConfig) -> int:
     """Into how many a config cuts a sequence."""
-    ranks = config.sequence_parallel_size * config.tensor_parallel_size
+    ranks = config.sequence_parallel_size
+    if config.engine == "pytorch":  # between the matrices that are shared
+        ranks *= config.tensor_parallel_size
     return ranks * (LOSS_CHUNKS if config.loss == "chunked" else 1)
 
 
@@ -163,20 +165,35 @@ def _uneven_depth(model: ModelSpec, config: TrialConfig) -> int:
     Under stages 1 and 2 of DeepSpeed a rank keeps the gradients of each parameter of which its partition has a piece.
     Where that of the whole model is more than the embedding, so must be that of the traced one.
     """
-    ranks = config.data_parallel_size
-    embedding = _embedding_size(model)
     if config.engine != "deepspeed" or config.zero_stage not in (1, 2) or config.method != "full":
         return TRACED_LAYERS  # adapters are all small
-    if model.num_parameters < ranks * embedding:
+    embedding, parameters = _embedding_size(model, config), _trained(model, config)
+    least = config.data_parallel_size * embedding
+    if parameters < least:
         return TRACED_LAYERS
-    outside = embedding if model.config.get("tie_word_embeddings") else 2 * embedding
-    layer = (model.num_parameters - outside) / model.num_hidden_layers
-    return max(TRACED_LAYERS, math.ceil((1.02 * ranks * embedding - outside) / layer))
+    tied = model.config.get("tie_word_embeddings")
+    outside = embedding if tied else embedding + _embedding_size(model) // config.tensor_parallel_size
+    layer = (parameters - outside) / model.num_hidden_layers
+    return max(TRACED_LAYERS, math.ceil((1.02 * least - outside) / layer))
 
 
-def _embedding_size(model: ModelSpec) -> int:
-    """Elements."""
-    return model.vocab_size * int(model.config["hidden_size"])
+def _embedding_size(model: ModelSpec, config: TrialConfig | None = None) -> int:
+    """Elements; with a config of DeepSpeed, of one rank.
+
+    AutoTP follows transformers' plan: all matrices are shared but the embedding, and that too where it is the head.
+    """
+    size = model.vocab_size * int(model.config["hidden_size"])
+    shared = config is not None and model.config.get("tie_word_embeddings")
+    return size // config.tensor_parallel_size if config is not None and shared else size
+
+
+def _trained(model: ModelSpec, config: TrialConfig) -> int:
+    """Elements of what a rank of DeepSpeed trains, before ZeRO divides it."""
+    whole = trainable_parameters(model, config)
+    if config.tensor_parallel_size == 1:
+        return whole
+    embedding = _embedding_size(model)
+    return (whole - embedding) // config.tensor_parallel_size + _embedding_size(model, config)
 
 
 def _largest_double_bytes(model: ModelSpec, config: TrialConfig) -> int | None:
@@ -187,10 +204,10 @@ def _largest_double_bytes(model: ModelSpec, config: TrialConfig) -> int | None:
     """
     if config.engine != "deepspeed" or config.zero_stage not in (1, 2):
         return None
-    largest = _embedding_size(model)
+    largest = _embedding_size(model, config)
     if config.lora_target_modules is not None and config.lora_rank is not None:
         largest = config.lora_rank * max(map(max, adapted_matrices(model, config.lora_target_modules).values()))
-    return 8 * min(largest, trainable_parameters(model, config) // config.data_parallel_size)
+    return 8 * min(largest, _trained(model, config) // config.data_parallel_size)
 
 
 def _all_at_once(model: ModelSpec, config: TrialConfig) -> tuple[TrialConfig, float]:
@@ -204,7 +221,7 @@ def _all_at_once(model: ModelSpec, config: TrialConfig) -> tuple[TrialConfig, fl
     keys = dict(config.deepspeed)
     size = float(keys.get(_SUB_GROUP_SIZE, SUB_GROUP_SIZE))
     uncut = replace(config, deepspeed=tuple((keys | {_SUB_GROUP_SIZE: UNCUT}).items()))
-    return uncut, min(1.0, size * config.data_parallel_size / trainable_parameters(model, config))
+    return uncut, min(1.0, size * config.data_parallel_size / _trained(model, config))
 
 
 def record_trace(
@@ -235,7 +252,9 @@ def record_trace(
         config=config,
         device="cpu",
     )
-    shared_vocabulary = model.vocab_size // config.tensor_parallel_size
+    # AutoTP gathers logits, unless the head is the embedding.
+    whole_logits = config.engine == "deepspeed" and not model.config.get("tie_word_embeddings")
+    shared_vocabulary = model.vocab_size // (1 if whole_logits else config.tensor_parallel_size)
     recorder = Recorder(shared_vocabulary, update_on_host=config.offload != "none", double_bytes=double_bytes)
     with (
         _no_collection(),

@@ -12,14 +12,13 @@ from autotune.predict.network import Counts
 from autotune.predict.shape import DecoderShape
 from autotune.predict.step import counts
 from autotune.space.space import Space
-from autotune.spec.config import FLASH_ATTENTION, STAGES_PER_RANK, PipelineSchedule, TrialConfig
+from autotune.spec.config import FLASH_ATTENTION, SECOND_PARTITION, STAGES_PER_RANK, PipelineSchedule, TrialConfig
 from autotune.spec.workload import Workload
 
 BATCHED = ("batching", "micro_batch_size", "attention")
 """The axes that decide on what a micro-batch computes."""
 SHARED = ("tensor", "sequence", "pipeline")
 OVERLAP = "zero_optimization.overlap_comm"
-SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
 IDLE: dict[PipelineSchedule, float] = {"1f1b": 1.0, "interleaved_1f1b": 1 / 2, "zero_bubble": 1 / 6}
 """What a schedule idles, in bubbles of 1F1B."""
 

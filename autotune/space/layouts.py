@@ -4,7 +4,7 @@ import math
 
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
-from autotune.spec.config import STAGES_PER_RANK, TrialConfig
+from autotune.spec.config import SECOND_PARTITION, STAGES_PER_RANK, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
@@ -16,7 +16,34 @@ SPLIT_MODEL_TYPES = ("qwen2", "qwen3", "llama")
 def _engine(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.engine == "pytorch" or not config.has_own_layout:
         return None
+    if config.model_parallel_size == config.tensor_parallel_size and config.loss == "full_logits":
+        return None  # AutoTP
     return f"{config.own_layout} is run by engine pytorch alone"
+
+
+@reads(
+    "engine",
+    "tensor_parallel_size",
+    "zero_stage",
+    "activation_checkpointing",
+    "method",
+    f"deepspeed.{SECOND_PARTITION}",
+)
+def _auto_tensor(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    """What DeepSpeed's AutoTP trains wrong, or fails at (0.19.8, by `tests/engines/test_layouts.py`)."""
+    if config.engine != "deepspeed" or config.tensor_parallel_size == 1:
+        return None
+    what = f"tensor_parallel_size {config.tensor_parallel_size} on engine deepspeed"
+    if config.zero_stage == 0:
+        return f"{what} clips by the norm of a rank's share where zero_stage is 0; use 1, 2 or 3"
+    if config.activation_checkpointing == "selective_ops":
+        # Ranks sum into the product that is kept, which is then summed once more.
+        return f"{what} computes wrong gradients with activation_checkpointing selective_ops; use full or selective"
+    if config.method != "full":
+        return f"{what} needs gradients of all weights, and method {config.method} has frozen ones"
+    if int(dict(config.deepspeed).get(SECOND_PARTITION, 1)) > 1:
+        return f"{what} does not go with {SECOND_PARTITION}, which takes neighbours in rank for copies of one another"
+    return None
 
 
 @reads("loss", *DEGREES)
@@ -31,7 +58,7 @@ def _family(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: Cl
     return None
 
 
-@reads("tensor_parallel_size", "sequence_parallel_size", "sequence_length")
+@reads("engine", "tensor_parallel_size", "sequence_parallel_size", "sequence_length")
 def _tensor(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     size = config.tensor_parallel_size
     if size == 1:
@@ -45,7 +72,7 @@ def _tensor(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: Cl
     for name, count in divided.items():
         if count % size:
             return f"tensor_parallel_size {size} does not divide {name} {count} of {model.name}"
-    if config.sequence_length % (size * config.sequence_parallel_size):
+    if config.engine == "pytorch" and config.sequence_length % (size * config.sequence_parallel_size):
         return (
             f"tensor_parallel_size {size} x sequence_parallel_size {config.sequence_parallel_size}"
             f" does not divide sequence_length {config.sequence_length}"
@@ -165,6 +192,7 @@ def _loss_scale(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluste
 
 LAYOUT_RULES: tuple[Rule, ...] = (
     _engine,
+    _auto_tensor,
     _family,
     _tensor,
     _sequence,

@@ -8,11 +8,9 @@ from autotune.space.methods import LORA_FIELDS, METHOD_RULES
 from autotune.space.optimizers import OPTIMIZER_RULES
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import SECOND_PARTITION, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
-
-_SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
 
 
 def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
@@ -110,12 +108,12 @@ def _offload(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: 
     return None
 
 
-@reads("engine", "zero_stage", "gpus", f"deepspeed.{_SECOND_PARTITION}")
+@reads("engine", "zero_stage", "gpus", f"deepspeed.{SECOND_PARTITION}")
 def _second_partition(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
-    ranks = dict(config.deepspeed).get(_SECOND_PARTITION, 1)
+    ranks = dict(config.deepspeed).get(SECOND_PARTITION, 1)
     if not isinstance(ranks, int) or ranks <= 1 or config.gpus % min(ranks, config.gpus) == 0:
         return None  # of more ranks than there are, DeepSpeed takes all
-    return f"{_SECOND_PARTITION} {ranks} does not divide gpus {config.gpus}"
+    return f"{SECOND_PARTITION} {ranks} does not divide gpus {config.gpus}"
 
 
 @reads("activation_checkpointing", "selective_every")

@@ -35,6 +35,9 @@ KEPT_OPERATORS = (
 FLASH_ATTENTION: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_3")
 """Kernels of Dao et al., which are told where sequences begin and take no mask."""
 
+SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
+"""DeepSpeed's key of ZeRO++'s hpZ."""
+
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

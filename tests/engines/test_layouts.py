@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import deepspeed.utils.groups
 import pytest
 import torch
 from torch.distributed.tensor import Replicate
@@ -48,6 +49,8 @@ def layout(text: str) -> dict[str, Any]:
             fields["loss"] = "chunked"
         elif word in ("1f1b", "interleaved_1f1b", "zero_bubble"):
             fields["pipeline_schedule"] = word
+        elif word == "offload_optimizer":
+            fields["offload"] = "optimizer"
         elif word == "offload":
             fields["offload"] = "optimizer+parameters"
         elif word in ("full", "selective", "selective_ops"):
@@ -59,8 +62,8 @@ def layout(text: str) -> dict[str, Any]:
     return fields
 
 
-def trial(text: str, gpus: int, model: ModelSpec | None = None, **fields: Any) -> TrialRequest:
-    return request("pytorch", model=model, gpus=gpus, **{**layout(text), **fields})
+def trial(text: str, gpus: int, model: ModelSpec | None = None, engine: str = "pytorch", **fields: Any) -> TrialRequest:
+    return request(engine, model=model, gpus=gpus, **{**layout(text), **fields})
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,55 @@ def slow(*texts: str) -> list[Any]:
 def test_two_ranks(ranks: Ranks, reference: Trace, text: str) -> None:
     for trace in ranks.run(train, trial(text, 2), build_engine):
         assert_equal(trace, reference)
+
+
+def auto_tensor(rank: int, trial: TrialRequest) -> Trace:
+    """DeepSpeed keeps its groups for as long as a process lives; those of the next case are others."""
+    try:
+        return train(rank, trial, build_engine)
+    finally:
+        deepspeed.utils.groups._release_process_group_references(None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tp2 zero2 full",
+        *slow("tp2 zero1", "tp2 zero1 mb1 selective", "tp2 zero2 mb8", "tp2 zero3", "tp2 zero2 offload_optimizer"),
+    ],
+)
+def test_deepspeed_on_two_ranks(ranks: Ranks, reference: Trace, text: str) -> None:
+    for trace in ranks.run(auto_tensor, trial(text, 2, engine="deepspeed")):
+        assert_equal(trace, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["tp2 zero1", "tp2 zero2 full offload_optimizer", "tp2 zero3 offload"])
+def test_deepspeed_on_four_ranks(four_ranks: Ranks, reference: Trace, text: str) -> None:
+    for trace in four_ranks.run(auto_tensor, trial(text, 4, engine="deepspeed")):
+        assert_equal(trace, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "tied"), [("qwen2", False), ("llama", True), ("qwen3", True)])
+def test_families_of_deepspeed(ranks: Ranks, model_type: str, tied: bool) -> None:
+    model = ModelSpec(name=model_type, config={**tiny(tied).config, "model_type": model_type})
+    for trace in ranks.run(auto_tensor, trial("tp2 zero2", 2, model, engine="deepspeed")):
+        assert_equal(trace, plain_training(model))
+
+
+@pytest.mark.slow
+def test_deepspeed_in_bf16(ranks: Ranks, reference: Trace) -> None:
+    for trace in ranks.run(auto_tensor, trial("tp2 zero2", 2, engine="deepspeed", precision="bf16")):
+        assert_equal(trace, reference, loss_rtol=1e-3, norm_rtol=2e-2)
+
+
+@pytest.mark.slow
+def test_what_is_refused_of_deepspeed_trains_wrong(ranks: Ranks, reference: Trace) -> None:
+    """When this fails, `autotune.space.layouts` refuses too much."""
+    for trace in ranks.run(auto_tensor, trial("tp2 zero2 selective_ops", 2, engine="deepspeed")):
+        with pytest.raises(AssertionError):
+            assert_equal(trace, reference, loss_rtol=2e-4, norm_rtol=1e-2)
 
 
 @pytest.mark.slow

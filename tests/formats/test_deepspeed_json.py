@@ -98,6 +98,15 @@ def test_parameters_are_offloaded_in_stage_3_only() -> None:
         to_deepspeed(config(zero_stage=2, offload="optimizer+parameters"), Workload(global_batch_size=64))
 
 
+def test_tensor_parallel_ranks_are_auto_tp() -> None:
+    document = to_deepspeed(config(tensor_parallel_size=2, zero_stage=2), Workload(global_batch_size=64))
+    assert document["tensor_parallel"] == {"autotp_size": 2}
+    assert document["gradient_accumulation_steps"] == 8
+    check_deepspeed(document)
+    with pytest.raises(UsageError, match="tensor_parallel_size 2 needs zero_stage 1, 2 or 3, not 0"):
+        to_deepspeed(config(tensor_parallel_size=2), Workload(global_batch_size=64))
+
+
 def test_a_key_of_ours_is_refused_among_the_free_ones() -> None:
     with pytest.raises(UsageError, match="use the axis zero_stage"):
         to_deepspeed(config(deepspeed=(("zero_optimization.stage", 2),)), Workload(global_batch_size=64))

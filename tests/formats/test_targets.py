@@ -104,3 +104,13 @@ def test_how_sequences_are_batched_is_left_to_the_collator(batching: str, words:
         assert words in left_to_script(target, trial, WORKLOAD)[0]
     assert cannot_express("hf_trainer", trial, "cuda") is None
     assert "sequences of one length" in (cannot_express("autotune", trial, "cuda") or "")
+
+
+def test_auto_tensor_parallelism_is_a_script_that_deals_sequences_to_groups() -> None:
+    trial = config(engine="deepspeed", zero_stage=2, gpus=8, tensor_parallel_size=2)
+    assert cannot_express("deepspeed", trial, "cuda") is None
+    for target in ("hf_trainer", "accelerate"):
+        assert "tensor_parallel_size 2 as trials do" in (cannot_express(target, trial, "cuda") or "")
+    assert any(
+        "num_replicas=4, rank=dist.get_rank() // 2" in line for line in left_to_script("deepspeed", trial, WORKLOAD)
+    )

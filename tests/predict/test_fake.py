@@ -37,6 +37,7 @@ TINY = ModelSpec(
         "tie_word_embeddings": False,
     },
 )
+TIED = ModelSpec(name="tied", config=TINY.config | {"tie_word_embeddings": True})
 SMALL_BUCKETS = tuple(
     (f"zero_optimization.{key}", 20_000)
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
@@ -55,12 +56,13 @@ def a_request(
     accumulation: int = 2,
     model: ModelSpec = TINY,
     sequence_length: int = 64,
+    tensor: int = 1,
     **keys: Scalar,
 ) -> TrialRequest:
     return TrialRequest(
-        trial_id=f"{engine}-{zero_stage}-{precision}-{checkpointing}-{micro_batch_size}-{offload}",
+        trial_id=f"{engine}-{zero_stage}-{precision}-{checkpointing}-{micro_batch_size}-{offload}-tp{tensor}",
         model=model,
-        workload=Workload(global_batch_size=accumulation * gpus * micro_batch_size),
+        workload=Workload(global_batch_size=accumulation * gpus // tensor * micro_batch_size),
         config=TrialConfig(
             engine=engine,
             gpus=gpus,
@@ -70,6 +72,7 @@ def a_request(
             zero_stage=zero_stage,
             offload=offload,
             activation_checkpointing=checkpointing,
+            tensor_parallel_size=tensor,
             deepspeed=(
                 (*SMALL_BUCKETS, *((f"zero_optimization.{key}", value) for key, value in keys.items()))
                 if engine == "deepspeed" and zero_stage
@@ -137,6 +140,10 @@ def traced_peak(request: TrialRequest, rank: int = 0) -> int:
             (True, a_request("deepspeed", 3, "bf16", "full")),
             (True, a_request("deepspeed", 3, "fp32", accumulation=1)),
             (True, a_request("deepspeed", 3, "bf16", offload="optimizer+parameters")),
+            (True, a_request("deepspeed", 1, "fp32", "full", tensor=2)),
+            (False, a_request("deepspeed", 2, tensor=2)),
+            (True, a_request("deepspeed", 2, tensor=2, model=TIED)),
+            (True, a_request("deepspeed", 3, tensor=2, offload="optimizer")),
             # Parameters that persist, by default all of so small a model, have no second copy.
             (False, a_request("deepspeed", 3, zero_hpz_partition_size=2, stage3_param_persistence_threshold=1000)),
         ]

@@ -259,6 +259,14 @@ class TestSplitTrials:
         # A quarter of the replicas run four times as many micro-batches of a quarter of the work each.
         assert split[TimePart.ATTENTION] == pytest.approx(whole[TimePart.ATTENTION], rel=0.05)
 
+    def test_auto_tensor_parallel_ranks_do_all_norms_and_communicate_as_much(self) -> None:
+        split = replace(self.ALONE, engine="deepspeed", tensor_parallel_size=4)
+        ours, theirs = (trial(replace(split, engine=engine)).breakdown for engine in ("pytorch", "deepspeed"))
+        assert theirs[TimePart.ELEMENTWISE] > 1.2 * ours[TimePart.ELEMENTWISE]
+        # A sum moves what a gather and a scatter do.
+        assert theirs[TimePart.TENSOR_PARALLEL] == pytest.approx(ours[TimePart.TENSOR_PARALLEL], rel=0.1)
+        assert theirs[TimePart.MATMUL] == pytest.approx(ours[TimePart.MATMUL])
+
     def test_sequence_parallel_ranks_share_the_sequence_and_not_the_parameters(self) -> None:
         whole, split = (trial(replace(self.ALONE, sequence_parallel_size=size)).breakdown for size in (1, 4))
         assert split[TimePart.OPTIMIZER] == pytest.approx(whole[TimePart.OPTIMIZER])

@@ -41,6 +41,7 @@ def a_config(
     *,
     gpus: int = 8,
     bucket: int = 2_000_000,
+    tensor: int = 1,
     **keys: Any,
 ) -> TrialConfig:
     stated: dict[str, Any] = {"zero_optimization.reduce_bucket_size": bucket} if engine == "deepspeed" else {}
@@ -52,6 +53,7 @@ def a_config(
         sequence_length=LENGTH,
         zero_stage=zero_stage,
         offload=offload,
+        tensor_parallel_size=tensor,
         activation_checkpointing=checkpointing,
         selective_every=2 if checkpointing == "selective" else None,
         deepspeed=tuple(stated.items()) if zero_stage else (),
@@ -90,6 +92,9 @@ def peaks(config: TrialConfig, *, accumulates: bool) -> tuple[float, float]:
             (True, a_config("deepspeed", 3, "full", "optimizer"), True),
             (True, a_config("deepspeed", 3, "none", "optimizer+parameters"), True),
             (True, a_config("deepspeed", 3, sub_group_size=100_000), False),
+            (True, a_config("deepspeed", 1, "none", tensor=2), True),
+            (False, a_config("deepspeed", 2, tensor=2), False),
+            (True, a_config("deepspeed", 3, tensor=2), True),
             (True, a_config("deepspeed", 3, zero_hpz_partition_size=4), True),
         ]
     ],

@@ -7,7 +7,7 @@ import pytest
 from autotune.formats.targets import TARGETS
 from autotune.space.legality import rules
 from autotune.spec.cluster import ClusterSpec, find_gpu
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import SECOND_PARTITION, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.workload import Workload
 from tests.samples import sample_space
@@ -40,7 +40,7 @@ def test_layouts_are_candidates(tmp_path: Path) -> None:
     for config in space.candidates:
         assert config in space
         assert (config.pipeline_schedule is None) == (config.pipeline_parallel_size == 1)
-        assert config.engine == "pytorch" or not config.has_own_layout
+        assert config.engine == "pytorch" or config.model_parallel_size == config.tensor_parallel_size
         assert TrialConfig.from_dict(config.to_dict()) == config
 
 
@@ -49,7 +49,7 @@ def test_layouts_are_candidates(tmp_path: Path) -> None:
     [
         ({"tensor_parallel_size": [1, 3]}, "gpus 4 is no multiple of tensor_parallel_size 3"),
         ({"tensor_parallel_size": [1, 4]}, "does not divide num_key_value_heads 2 of qwen3-tiny"),
-        ({"engine": ["deepspeed", "pytorch"], "tensor_parallel_size": [1, 2]}, "is run by engine pytorch alone"),
+        ({"engine": ["deepspeed", "pytorch"], "sequence_parallel_size": [1, 2]}, "is run by engine pytorch alone"),
         ({"engine": ["deepspeed", "pytorch"], "loss": ["full_logits", "chunked"]}, "is run by engine pytorch alone"),
         ({"sequence_parallel_size": [1, 2], "attention": ["sdpa", "eager"]}, "needs attention sdpa"),
         ({"pipeline_parallel_size": [1, 2], "micro_batch_size": [4, 8]}, "more than the 1 micro-batches"),
@@ -66,6 +66,7 @@ def test_illegal_layouts_are_refused_with_the_reason(tmp_path: Path, search: dic
     assert any(reason in found for found in space.illegal), list(space.illegal)
 
 
+AUTO_TENSOR = {"engine": "deepspeed", "tensor_parallel_size": 2, "zero_stage": 2}
 EIGHT = ClusterSpec(nodes=1, gpus_per_node=8, gpu=find_gpu("H100-80GB"))
 
 
@@ -105,6 +106,24 @@ def refusal(model: ModelSpec, **changes: object) -> str | None:
                 "activation_checkpointing": "selective_ops",
             },
             "goes back twice",
+        ),
+        *(({**AUTO_TENSOR, "zero_stage": stage}, None) for stage in (1, 2, 3)),
+        ({**AUTO_TENSOR, "gpus": 2, "sequence_length": 63}, None),
+        ({**AUTO_TENSOR, "zero_stage": 0}, "clips by the norm of a rank's share"),
+        ({**AUTO_TENSOR, "activation_checkpointing": "selective_ops"}, "computes wrong gradients"),
+        ({**AUTO_TENSOR, "loss": "chunked"}, "is run by engine pytorch alone"),
+        ({**AUTO_TENSOR, "pipeline_parallel_size": 2, "pipeline_schedule": "1f1b"}, "is run by engine pytorch alone"),
+        ({**AUTO_TENSOR, "precision": "fp16"}, "loss scale"),
+        ({**AUTO_TENSOR, "zero_stage": 3, "deepspeed": {SECOND_PARTITION: 2}}, "copies of one another"),
+        (
+            {
+                **AUTO_TENSOR,
+                "method": "lora",
+                "lora_rank": 8,
+                "lora_alpha": 16,
+                "lora_target_modules": "all-linear",
+            },
+            "has frozen ones",
         ),
         ({"zero_stage": 3, "offload": "optimizer+parameters"}, None),
         ({"zero_stage": 3, "offload": "optimizer+parameters", "precision": "fp16"}, "unscales gradients on the GPU"),
