@@ -11,6 +11,7 @@ The plan is our own: transformers' keeps the whole sequence on every rank.
 import warnings
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -69,9 +70,28 @@ def _adapted(name: str, style: ParallelStyle) -> dict[str, ParallelStyle]:
     if isinstance(style, ColwiseParallel):
         first, second = ColwiseParallel(output_layouts=Replicate()), ColwiseParallel()
     else:
+        style = _Waited(output_layouts=Shard(_SEQUENCE))
         first = RowwiseParallel(output_layouts=Replicate())
         second = ColwiseParallel(output_layouts=Shard(_SEQUENCE))
     return {f"{name}.base_layer": style, f"{name}.lora_A.default": first, f"{name}.lora_B.default": second}
+
+
+class _Waited(RowwiseParallel):
+    """Waits for its result at once, not when it is first read.
+
+    A layer that is recomputed for its backward pass stops before the adapter's product is added to the last matrix's,
+    and of a result that nobody reads torch keeps the memory for ever.
+    """
+
+    def _apply(self, module: torch.nn.Module, device_mesh: DeviceMesh) -> torch.nn.Module:
+        module = super()._apply(module, device_mesh)
+        module.register_forward_hook(_wait)
+        return module
+
+
+def _wait(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+    if isinstance(output, AsyncCollectiveTensor):
+        output.trigger_wait()  # type: ignore[no-untyped-call]  # torch's own
 
 
 def split_matrices(stage: DecoderStage, mesh: DeviceMesh) -> None:

@@ -26,6 +26,7 @@ _AS_STRIDED: Any = torch.ops.aten.as_strided.default
 _VIEW: Any = torch.ops.aten.view.default
 _VIEW_DTYPE: Any = torch.ops.aten.view.dtype
 _UNSAFE_VIEW: Any = torch.ops.aten._unsafe_view.default
+_WAIT: Any = torch.ops._c10d_functional.wait_tensor.default
 
 
 class _Made(NamedTuple):
@@ -94,6 +95,8 @@ class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclas
             # Booleans, and DeepSpeed's bytes, ask for trouble (an overflow, a NaN); there is none. Norms are positive.
             dtype = args[0].dtype
             return 1.0 if dtype.is_floating_point else int(dtype not in (torch.bool, torch.uint8))
+        if func is _WAIT:  # PyTorch's own mode makes a tensor here that a step does not have
+            return args[0]
         if func is _UNSAFE_VIEW:  # shares its argument's storage like any other
             func = _VIEW
         if func is _AS_STRIDED and type(args[0]) is FakeTensor and not kwargs:

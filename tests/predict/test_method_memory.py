@@ -56,6 +56,8 @@ CASES = [
     (True, 4, 2, 4, lora("deepspeed", 2)),
     (True, 12, 2, 2, lora("pytorch", 0, **degrees(tensor=2), loss="chunked")),
     (True, 4, 2, 4, lora("pytorch", 3, **degrees(tensor=2))),
+    (True, 4, 2, 2, lora("pytorch", 0, **degrees(tensor=2), **FULL)),
+    (True, 4, 2, 4, lora("pytorch", 3, **degrees(tensor=2, sequence=2), **FULL, loss="chunked")),
     (True, 4, 2, 2, lora("pytorch", 3, **degrees(sequence=2))),
     (True, 8, 4, 2, lora("pytorch", 0, **PIPELINE)),
     (False, 2, 2, 2, short_states("deepspeed", 3)),
