@@ -183,7 +183,7 @@ class Failure:
     most_tokens_per_second_per_gpu: float | None = None
     """Of a trial that was stopped early: it would not have been faster than this."""
     peak_device_used_bytes: int | None = None
-    """Of a trial that was stopped early, after a full warm-up: its peak, as `Measurement` has it."""
+    """Of a trial that was stopped early: its peak, as `Measurement` has it; None where it may not have been reached."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     elapsed_seconds: float = 0.0
     log_path: str | None = None

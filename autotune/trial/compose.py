@@ -20,12 +20,14 @@ def conclude(ranks: Sequence[RankMeasurement], request: TrialRequest, gpu: GpuSp
     accumulation = request.timed_micro_steps
     least = max(least_step_seconds(r.micro_step_seconds, r.update_step_seconds, accumulation) for r in ranks)
     most = request.workload.tokens_per_step(config) / least / config.gpus
+    # The optimizer's states are allocated by the first update: only a later one has all that is ever live at a time.
+    has_peaked = request.measure.warmup > 1 or all(rank.update_step_seconds for rank in ranks)
     return Failure(
         kind=FailureKind.STOPPED_EARLY,
         phase=Phase.FORWARD,
         message=f"an optimizer step takes at least {least:.3g} s, too long to become the fastest",
         most_tokens_per_second_per_gpu=most,
-        peak_device_used_bytes=max(rank.peak_device_used_bytes for rank in ranks),
+        peak_device_used_bytes=max(rank.peak_device_used_bytes for rank in ranks) if has_peaked else None,
         phase_seconds=slowest([rank.phase_seconds for rank in ranks]),
     )
 

@@ -110,7 +110,8 @@ def test_a_trial_that_was_stopped_early_is_at_most_as_fast_as_it_could_still_hav
     # An update takes no less than a micro-step that accumulates.
     if seen or all(min(r.update_step_seconds) >= min(r.micro_step_seconds, default=0) for r in ranks):
         assert most >= measured.tokens_per_second_per_gpu * (1 - 1e-9)
-    assert stopped.peak_device_used_bytes == measured.peak_device_used_bytes
+    reached = request.measure.warmup > 1 or all(rank.update_step_seconds for rank in cut)
+    assert stopped.peak_device_used_bytes == (measured.peak_device_used_bytes if reached else None)
     assert outcome_from_dict(stopped.to_dict()) == stopped
     assert conclude(ranks, request, find_gpu("cpu")) == measured
 
