@@ -38,6 +38,8 @@ AXIS_DEVIATION = 0.1
 """Of what one axis does beyond the prediction: what formulas leave out."""
 LOCAL_DEVIATION = 0.1
 """Of what a combination does: the same."""
+UNTIMED_DEVIATION = 0.3
+"""In place of both where no time is predicted: then it is of all that an axis or a combination does to a step."""
 NOISE_DEVIATION = 0.05
 """Of a measured throughput: short trials on one cluster repeat within a few percent."""
 MEMORY_SHARES = (0.5, 0.25, 0.25)
@@ -126,12 +128,13 @@ class ExpectedImprovement:
         self._features = np.asarray(candidates.features, np.float32)
         axes = axis_columns(candidates.features)
         count, width = len(candidates.throughput), candidates.peak_deviation
+        is_timed = candidates.shares.shape[1] > 0
         self._time = Model(
             np.full(count, BIAS_DEVIATION),
             candidates.shares,
             candidates.unknowns,
-            AXIS_DEVIATION * axes,
-            np.full(count, LOCAL_DEVIATION),
+            (AXIS_DEVIATION if is_timed else UNTIMED_DEVIATION) * axes,
+            np.full(count, LOCAL_DEVIATION if is_timed else UNTIMED_DEVIATION),
             candidates.issued,
         )
         common, by_axis, local = np.sqrt(MEMORY_SHARES)
