@@ -11,7 +11,7 @@ from typing import Any
 
 from autotune.errors import UsageError
 from autotune.formats.foreign import Recording, asking, one_line
-from autotune.spec.config import Scalar, TrialConfig
+from autotune.spec.config import ZERO_QUANTIZED, Scalar, TrialConfig
 from autotune.spec.workload import Workload
 
 QUIET_STEPS_PER_PRINT = 1_000_000_000
@@ -31,6 +31,7 @@ OWNED_KEYS = {
     "zero_optimization.offload_param.device": "use the axis offload",
     "zero_optimization.cpu_offload": "use the axis offload",
     "zero_optimization.cpu_offload_params": "use the axis offload",
+    **{f"zero_optimization.{key}": f"use the axis search.numerics.{key}" for key in ZERO_QUANTIZED},
     "optimizer.type": "use the axis search.numerics.optimizer",
     "optimizer.params.lr": "set workload.learning_rate",
     "optimizer.params.weight_decay": "set workload.weight_decay",
@@ -45,9 +46,7 @@ TRAINING_KEYS = (
     "bf16.bf16_master_weights_and_grads",
     "bf16.bf16_optimizer_states",
     "fp16.fp16_master_weights_and_grads",
-    "zero_optimization.zero_quantized_weights",
     "zero_optimization.zero_quantized_nontrainable_weights",
-    "zero_optimization.zero_quantized_gradients",
     "optimizer.params.betas",
     "optimizer.params.eps",
     "data_types.grad_accum_dtype",
@@ -71,6 +70,7 @@ def to_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
         if config.zero_stage != 3:
             raise UsageError(f"offload optimizer+parameters needs zero_stage 3, not {config.zero_stage}")
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    zero |= {key: True for key in ZERO_QUANTIZED if getattr(config, key)}
     document: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": workload.gradient_accumulation_steps(config),

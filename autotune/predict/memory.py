@@ -25,7 +25,7 @@ import autotune
 from autotune.predict import device
 from autotune.predict.stream import PipelineStream, RankStream, SitedStream, Stream, fragmentation_bytes
 from autotune.spec.cluster import ClusterSpec
-from autotune.spec.config import FLASH_ATTENTION, TrialConfig
+from autotune.spec.config import FLASH_ATTENTION, ZERO_QUANTIZED, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.prediction import MemoryPrediction, Part
 from autotune.spec.workload import Workload
@@ -193,6 +193,8 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     fields = config.to_dict()
     del fields["sequence_length"]
     fields.pop("script", None)  # what a user's script makes of its knobs is not known
+    for key in ZERO_QUANTIZED:  # by kernels for GPUs alone
+        fields.pop(key, None)
     # A micro-batch of one sequence has layouts of its own, which make a difference of 0.2 % at most
     # (`benchmarks/memory_cpu.py`), and would double what has to be traced.
     fields["micro_batch_size"] = 2

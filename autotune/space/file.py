@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 
 from autotune.errors import InvalidSpaceError, shown
 from autotune.formats.targets import TARGETS, Target
@@ -150,6 +150,8 @@ class NumericsFile(_Strict):
     lora_rank: Axis[PositiveInt] | None = None
     lora_target_modules: Axis[LoraTargets] | None = None
     optimizer: Axis[Optimizer] | None = None
+    zero_quantized_weights: Axis[StrictBool] | None = None
+    zero_quantized_gradients: Axis[StrictBool] | None = None
 
 
 class SearchFile(_Strict):
@@ -201,6 +203,8 @@ class BaselineFile(_Strict):
     lora_target_modules: LoraTargets | None = None
     batching: Batching | None = None
     optimizer: Optimizer | None = None
+    zero_quantized_weights: StrictBool | None = None
+    zero_quantized_gradients: StrictBool | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 

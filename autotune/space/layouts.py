@@ -27,6 +27,7 @@ def _engine(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: C
     "zero_stage",
     "activation_checkpointing",
     "method",
+    "optimizer",
     f"deepspeed.{SECOND_PARTITION}",
 )
 def _auto_tensor(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
@@ -41,6 +42,8 @@ def _auto_tensor(config: TrialConfig, _work: Workload, _model: ModelSpec, _clust
         return f"{what} computes wrong gradients with activation_checkpointing selective_ops; use full or selective"
     if config.method != "full":
         return f"{what} needs gradients of all weights, and method {config.method} has frozen ones"
+    if config.optimizer != "adamw":
+        return f"{what} has not been tried with optimizer {config.optimizer}; use adamw"
     if int(dict(config.deepspeed).get(SECOND_PARTITION, 1)) > 1:
         return f"{what} does not go with {SECOND_PARTITION}, which takes neighbours in rank for copies of one another"
     return None

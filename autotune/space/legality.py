@@ -6,6 +6,7 @@ from autotune.space.layouts import LAYOUT_RULES
 from autotune.space.lengths import LENGTH_RULES
 from autotune.space.methods import LORA_FIELDS, METHOD_RULES
 from autotune.space.optimizers import OPTIMIZER_RULES
+from autotune.space.quantized_zero import QUANTIZED_ZERO_RULES
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import SECOND_PARTITION, TrialConfig
@@ -16,7 +17,7 @@ from autotune.spec.workload import Workload
 def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
     """Every rule of a study, in the order in which they speak: the config can run, and a target can run it later."""
     expressed = Rule((*READ_BY_TARGETS, *DEGREES), lambda config, *_: no_target(targets, config))
-    return (*RULES, *LAYOUT_RULES, *METHOD_RULES, *OPTIMIZER_RULES, expressed)
+    return (*RULES, *LAYOUT_RULES, *METHOD_RULES, *OPTIMIZER_RULES, *QUANTIZED_ZERO_RULES, expressed)
 
 
 AXES_OF_CONDITIONS = (

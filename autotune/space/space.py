@@ -28,7 +28,7 @@ from autotune.space.methods import LORA_FIELDS, contradiction
 from autotune.space.rule import Rule
 from autotune.space.script import check_script, script_rules, script_run
 from autotune.spec.cluster import ClusterSpec, find_gpu
-from autotune.spec.config import Batching, Scalar, TrialConfig
+from autotune.spec.config import ZERO_QUANTIZED, Batching, Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.record import SpaceRecord, StudyRecord
 from autotune.spec.script import ScriptRun
@@ -313,6 +313,7 @@ def _space(
     axes["lora_alpha"] = (lora.alpha,)
     axes["lora_target_modules"] = tuple(numerics.lora_target_modules or [lora.target_modules])
     axes["optimizer"] = tuple(numerics.optimizer or ["adamw"])
+    axes |= {axis: tuple(getattr(numerics, axis) or [False]) for axis in ZERO_QUANTIZED}
     batching: tuple[Batching, ...] = ("dynamic_padding" if file.workload.lengths != "fixed" else "fixed",)
     axes["batching"] = batching if file.search.batching is None else tuple(file.search.batching)
     axes["gpus"] = tuple(file.search.gpus or [cluster.total_gpus])

@@ -38,6 +38,9 @@ FLASH_ATTENTION: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_
 SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
 """DeepSpeed's key of ZeRO++'s hpZ."""
 
+ZERO_QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
+"""Fields, named like DeepSpeed's keys: what ZeRO-3 sends as small integers (ZeRO++)."""
+
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -55,6 +58,7 @@ LATER_FIELDS: dict[str, Any] = {
     "lora_target_modules": None,
     "batching": "fixed",
     "optimizer": "adamw",
+    **dict.fromkeys(ZERO_QUANTIZED, False),
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -111,6 +115,10 @@ class TrialConfig:
     `sequence_length`; `dynamic_padding`: to the longest of the micro-batch. `packed`: one after another in one row."""
     optimizer: Optimizer = "adamw"
     """`adamw`: Adam's two states are fp32. `adamw_8bit`: they have 8 bits a value, by bitsandbytes."""
+    zero_quantized_weights: bool = False
+    """ZeRO-3 gathers parameters as 8-bit integers (ZeRO++'s qwZ)."""
+    zero_quantized_gradients: bool = False
+    """ZeRO-3 reduces gradients over nodes as 4-bit integers (ZeRO++'s qgZ)."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -218,5 +226,6 @@ class TrialConfig:
             words.append(self.batching)
         if self.optimizer != "adamw":
             words.append(self.optimizer)
+        words += ["qwZ"] * self.zero_quantized_weights + ["qgZ"] * self.zero_quantized_gradients
         words += [f"{name} {value}" for name, value in self.script]
         return " ".join(words)

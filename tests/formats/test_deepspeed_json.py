@@ -107,6 +107,16 @@ def test_tensor_parallel_ranks_are_auto_tp() -> None:
         to_deepspeed(config(tensor_parallel_size=2), Workload(global_batch_size=64))
 
 
+def test_what_zero_sends_as_small_integers_is_said() -> None:
+    plain = to_deepspeed(config(zero_stage=3), Workload(global_batch_size=64))["zero_optimization"]
+    document = to_deepspeed(
+        config(zero_stage=3, zero_quantized_weights=True, zero_quantized_gradients=True), Workload(global_batch_size=64)
+    )
+    sent = {"zero_quantized_weights": True, "zero_quantized_gradients": True}
+    assert document["zero_optimization"] == plain | sent
+    check_deepspeed(document)
+
+
 def test_a_key_of_ours_is_refused_among_the_free_ones() -> None:
     with pytest.raises(UsageError, match="use the axis zero_stage"):
         to_deepspeed(config(deepspeed=(("zero_optimization.stage", 2),)), Workload(global_batch_size=64))

@@ -114,6 +114,7 @@ def refusal(model: ModelSpec, **changes: object) -> str | None:
         ({**AUTO_TENSOR, "loss": "chunked"}, "is run by engine pytorch alone"),
         ({**AUTO_TENSOR, "pipeline_parallel_size": 2, "pipeline_schedule": "1f1b"}, "is run by engine pytorch alone"),
         ({**AUTO_TENSOR, "precision": "fp16"}, "loss scale"),
+        ({**AUTO_TENSOR, "optimizer": "adamw_8bit"}, "has not been tried"),
         ({**AUTO_TENSOR, "zero_stage": 3, "deepspeed": {SECOND_PARTITION: 2}}, "copies of one another"),
         (
             {
