@@ -31,9 +31,10 @@ def plan(
     space = load_space(space_path)
 
     from autotune.report import plan as report
-    from autotune.report.terminal import Tracing
+    from autotune.report.terminal import Tracing, say_measuring
 
-    with Tracing(Console(stderr=True)) as on_traced:
+    talk = Console(stderr=True)
+    with Tracing(talk) as on_traced:
         if explain is not None:
             if space.file.script is not None and space.file.script.predict_as is None:
                 raise UsageError(
@@ -52,7 +53,7 @@ def plan(
             return
         from autotune.predict.plan import plan_memory
 
-        found = plan_memory(space, on_traced)
+        found = plan_memory(space, on_traced, lambda: say_measuring(talk))
     if as_json:
         print_json(report.plan_document(found))
     else:

@@ -82,7 +82,7 @@ def tune(
     from autotune.predict.plan import plan_memory
     from autotune.predict.remedies import remedies, require_feasible, underestimate
     from autotune.report.documents import remedies_document, study_document
-    from autotune.report.terminal import Progress, Tracing, result_panel
+    from autotune.report.terminal import Progress, Tracing, result_panel, say_measuring
     from autotune.search.earlier import earlier_trials
     from autotune.search.runner import LauncherName, run_study
     from autotune.search.samplers import SamplerName
@@ -102,7 +102,7 @@ def tune(
             space = load_space(space_path, detect())
         require(space.cluster)
         with Tracing(talk) as on_traced:
-            plan = plan_memory(space, on_traced)
+            plan = plan_memory(space, on_traced, lambda: say_measuring(talk))
             require_feasible(plan, on_traced)
         study = Study.open(space, database, plan)
         earlier = earlier_trials(database, plan) if learn else None

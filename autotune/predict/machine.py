@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,12 +78,13 @@ class MachineRates:
         return cls(**{**fields, "work": work})
 
 
-def machine_rates(ranks: int, precisions: Iterable[str]) -> MachineRates:
+def machine_rates(ranks: int, precisions: Iterable[str], on_measure: Callable[[], None] = lambda: None) -> MachineRates:
     """The rates of this machine, from disk or measured now, which takes some seconds.
 
     Args:
         ranks: of a trial, all on this machine.
         precisions: that trials compute in; fp32 is measured in any case.
+        on_measure: called before anything is measured.
 
     Raises:
         UnknownHardwareError: the benchmark failed.
@@ -92,6 +93,7 @@ def machine_rates(ranks: int, precisions: Iterable[str]) -> MachineRates:
     file = _file(ranks, dtypes)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return MachineRates.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    on_measure()
     rates = measure(ranks, dtypes)
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a home that cannot be written costs time, nothing else

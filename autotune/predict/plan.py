@@ -8,7 +8,7 @@ is.
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -121,13 +121,18 @@ class Plan:
 
 
 def plan_memory(
-    space: Space, on_traced: OnTraced = lambda done, total: None, *, rates: MachineRates | None = None
+    space: Space,
+    on_traced: OnTraced = lambda done, total: None,
+    on_measure: Callable[[], None] = lambda: None,
+    *,
+    rates: MachineRates | None = None,
 ) -> Plan:
     """Predict every legal candidate. Structures that no earlier plan has traced are traced now, on all cores.
 
     Args:
         space: with its cluster.
         on_traced: told of each structure that is traced.
+        on_measure: called before this machine is measured.
         rates: of a cluster of CPUs; without them this machine is taken to be one of its nodes, and measured.
     """
     if space.file.script is not None and space.file.script.predict_as is None:
@@ -159,7 +164,7 @@ def plan_memory(
         if times is not None and baseline is not None:
             speed = _speed(space, baseline)
     else:
-        times, speed, untimed = _processor_times(space, kinds, rates, reasons)
+        times, speed, untimed = _processor_times(space, kinds, rates, reasons, on_measure)
     stated = None
     if baseline is not None and not any(name in reasons for name in structures_of(space, baseline)):
         whole = predict_memory(baseline, space.model, space.workload, space.cluster)
@@ -200,7 +205,11 @@ def _times(space: Space) -> tuple[StepTimes | None, str | None]:
 
 
 def _processor_times(
-    space: Space, kinds: Kinds, rates: MachineRates | None, reasons: dict[str, str]
+    space: Space,
+    kinds: Kinds,
+    rates: MachineRates | None,
+    reasons: dict[str, str],
+    on_measure: Callable[[], None],
 ) -> tuple[StepTimes | None, float | None, str | None]:
     """Step times of the candidates, throughput of the baseline, or why they are not known."""
     uncounted = next((reasons[name] for name in sorted(kinds.names) if name in reasons), None)
@@ -209,7 +218,7 @@ def _processor_times(
     precisions = [str(precision) for precision in space.used("precision")]
 
     def measured(ranks: int) -> MachineRates:
-        return machine_rates(ranks, precisions) if rates is None else rates
+        return machine_rates(ranks, precisions, on_measure) if rates is None else rates
 
     try:
         times, baseline = kinds.times(measured), kinds.baseline(measured)

@@ -309,6 +309,11 @@ class Tracing:
         self._progress.update(self._task, completed=done)
 
 
+def say_measuring(console: Console) -> None:
+    """What a first plan on a machine of CPUs waits for."""
+    console.print("timing this machine's processors, once: some ten seconds", style="dim", soft_wrap=True)
+
+
 def result_panel(study: Study, artifacts: dict[str, Path], advice: Sequence[Remedy] | None = None) -> RenderableType:
     """The verdict and where the files are; where there is none, what would help, if that was looked for."""
     best, counts = study.best(), study.counts
