@@ -173,7 +173,7 @@ def _matrix(plan: Plan) -> Table:
     for axis in axes:
         table.add_column(axis, no_wrap=True)
     for value in checkpointing:
-        table.add_column(f"checkpointing {value}", no_wrap=True)
+        table.add_column(f"checkpointing {value}")
     for row in _rows(space, axes):
         cells = [_fit(plan, row | {"activation_checkpointing": (value,)}) for value in checkpointing]
         if any(fit is not None for fit in cells):
