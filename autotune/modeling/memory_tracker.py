@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import Work
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
-from autotune.modeling.messages import IN_FLIGHT, threads_work_on, unseen
+from autotune.modeling.messages import FUNCTIONAL, IN_FLIGHT, threads_work_on, unseen
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -85,7 +85,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         IN_FLIGHT.let_go()
-        call = IN_FLIGHT.send if threads_work_on(func, args) else _call
+        call = IN_FLIGHT.send_functional if func in FUNCTIONAL else _call
+        if threads_work_on(func, args):
+            call = IN_FLIGHT.send
         result = call(func, args, kwargs or {})
         grown = sum(self._count(leaf) for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor))
         self._note(str(func), grown)

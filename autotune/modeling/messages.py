@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import Work, _register_work, _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
@@ -25,7 +27,7 @@ class Messages:
         lent: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id of what gloo gets -> that, and its owner
 
         def lend(owner: torch.Tensor) -> torch.Tensor:
-            if owner.device.type != "cpu" or type(owner) not in (torch.Tensor, torch.nn.Parameter):
+            if not _is_lent(owner):
                 return owner
             borrower = _without_ownership(owner)
             lent[id(borrower)] = borrower, owner
@@ -41,6 +43,22 @@ class Messages:
             self._owners.append((torch._C._distributed_c10d.Work.unbox(work).get_future(), owners))
         return tree_map_only(torch.Tensor, give_back, result)
 
+    def send_functional(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call one of the `FUNCTIONAL` operators, DTensor's, whose result `wait_tensor` waits for.
+
+        PyTorch makes that result and lets gloo own it, so the message that it would send is sent here. A reduce-scatter
+        is left alone, as in `threads_work_on`.
+        """
+        tensor, *how = args
+        if kwargs or not _is_lent(tensor) or (isinstance(how[0], str) and how[0] != "sum"):
+            return func(*args, **kwargs)
+        tensor = tensor.contiguous()
+        result, send = FUNCTIONAL[func](tensor, *how)
+        work = send(_without_ownership(result), _without_ownership(tensor))
+        self._owners.append((work.get_future(), [result, tensor]))
+        _register_work(result, work)
+        return result
+
     def let_go(self) -> None:
         """Of what has finished."""
         if self._owners:
@@ -49,6 +67,26 @@ class Messages:
 
 IN_FLIGHT = Messages()
 """Of the process, not of who watches it: gloo may still write when the watcher has gone."""
+
+
+Sent = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], Work]]
+"""A result, still empty, and what sends a message: (the result, the input) -> the work."""
+
+
+def _all_gather(tensor: torch.Tensor, ranks: int, group: GroupName) -> Sent:
+    result = tensor.new_empty(tensor.shape[0] * ranks, *tensor.shape[1:])
+    return result, _resolve_process_group(group)._allgather_base
+
+
+def _all_reduce(tensor: torch.Tensor, _sum: str, group: GroupName) -> Sent:
+    return tensor.clone(), lambda out, _given: _resolve_process_group(group).allreduce([out])
+
+
+_FUNCTIONAL = torch.ops._c10d_functional
+FUNCTIONAL: dict[Any, Callable[..., Sent]] = {
+    _FUNCTIONAL.all_gather_into_tensor.default: _all_gather,
+    _FUNCTIONAL.all_reduce.default: _all_reduce,
+}
 
 
 def unseen(wait: Callable[..., bool]) -> Callable[..., bool]:
@@ -89,6 +127,10 @@ _IN_THREADS = (
     "reduce_.",
     "scatter",
 )
+
+
+def _is_lent(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:

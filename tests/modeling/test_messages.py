@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from autotune.modeling import messages
 from autotune.modeling.memory_tracker import MemoryTracker
 
 BYTES = 4000
@@ -39,6 +40,36 @@ def test_what_has_arrived_is_held_by_nobody(collective: str, alone: None) -> Non
         work.wait()
         assert tracker.live_bytes == 0
     del work
+
+
+DTENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "all_gather": lambda tensor: torch.ops._c10d_functional.all_gather_into_tensor(tensor, 1, group_name()),
+    "all_reduce": lambda tensor: torch.ops._c10d_functional.all_reduce(tensor, "sum", group_name()),
+}
+
+
+def group_name() -> str:
+    return dist.distributed_c10d._get_default_group().group_name
+
+
+@pytest.mark.parametrize("collective", DTENSORS)
+def test_nor_is_what_dtensor_has_waited_for(collective: str, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[dist.Work] = []  # as one of gloo's threads holds it
+
+    def hold(result: torch.Tensor, work: dist.Work) -> None:
+        held.append(work)
+        torch._C._distributed_c10d._register_work(result, work)
+
+    monkeypatch.setattr(messages, "_register_work", hold)
+    with MemoryTracker() as tracker:
+        result = DTENSORS[collective](torch.arange(BYTES // 4))
+        waited = torch.ops._c10d_functional.wait_tensor(result)
+        assert waited.tolist() == list(range(BYTES // 4))
+        assert tracker.live_bytes == BYTES * 2  # `arange` gives integers of eight bytes
+        del result, waited
+        assert tracker.live_bytes == 0
+    assert len(held) == 1
+    assert torch._C._distributed_c10d._get_work_registry_size() == 0
 
 
 def test_results_are_written_where_the_caller_looks(alone: None) -> None:
