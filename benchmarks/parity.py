@@ -9,7 +9,7 @@ tolerances are the tests' own. A row has the cases of one engine, method, number
 precision; its differences are the largest of them. Below it stand the engines that tests have made wrong on purpose:
 each has to be told from the reference. With `--json` the last line is one object with every case.
 
-Takes about ten minutes on two free cores. Exits with 1 if a test fails.
+Takes some minutes on two free cores. Exits with 1 if a test fails.
 """
 
 import argparse
