@@ -36,6 +36,7 @@ from autotune.errors import UsageError
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
+    apply_compilation,
     apply_method,
     build_model,
     materialize,
@@ -77,6 +78,7 @@ class PyTorchEngine:
         model = build_model(request.model, config.attention)
         apply_method(model, config)
         apply_activation_checkpointing(model, config)
+        apply_compilation(model, config)
         if config.precision != "fp32":
             autocast = torch.autocast(device.type, COMPUTE_DTYPES[config.precision])
             model.forward = convert_outputs_to_fp32(autocast(model.forward))

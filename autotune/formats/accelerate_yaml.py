@@ -52,6 +52,14 @@ def to_accelerate(config: TrialConfig, nodes: int, device: Device) -> dict[str, 
             "parallelism_config_dp_replicate_size": config.data_parallel_replicate_size,
             "parallelism_config_dp_shard_size": config.shards,
         }
+    if config.torch_compile:
+        document["dynamo_config"] = {
+            "dynamo_backend": "INDUCTOR",
+            "dynamo_mode": "default",
+            "dynamo_use_dynamic": False,
+            "dynamo_use_fullgraph": False,
+            "dynamo_use_regional_compilation": True,
+        }
     if device == "cpu":
         document["use_cpu"] = True
     return document
@@ -77,7 +85,7 @@ def check_accelerate(document: dict[str, Any]) -> None:
         except Exception as error:  # ValueErrors, KeyErrors of enums, TypeErrors of dataclasses
             raise UsageError(f"accelerate refuses the config: {one_line(error)}") from error
         arguments = vars(launch_command_parser().parse_args(["train.py"]))
-    for section in ("deepspeed_config", "fsdp_config", "parallelism_config"):
+    for section in ("deepspeed_config", "fsdp_config", "parallelism_config", "dynamo_config"):
         for key in document.get(section, {}):
             if key not in arguments:
                 raise UsageError(f"accelerate does not know the key {section}.{key} and would ignore it")

@@ -74,7 +74,7 @@ FILES = {
     "accelerate": ScriptFile(
         name="accelerate.yaml",
         targets=("accelerate",),
-        axes=_SHARDING - {"offload", "deepspeed"},
+        axes=_SHARDING - {"offload", "deepspeed"} | {"torch_compile"},
         write=lambda config, _workload, nodes, device: _yaml(to_accelerate(config, nodes, device)),
     ),
 }

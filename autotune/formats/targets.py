@@ -35,6 +35,7 @@ READ_BY_TARGETS = (
     "method",
     "activation_checkpointing",
     "data_parallel_replicate_size",
+    "torch_compile",
 )
 """Fields of a config that `cannot_express` reads, besides the degrees of parallelism."""
 
@@ -56,6 +57,8 @@ def cannot_express(target: Target, config: TrialConfig, device: Device) -> str |
             return "TrainingArguments in YAML have no word for activation_checkpointing selective_ops"
         if config.data_parallel_replicate_size > 1:
             return "TrainingArguments in YAML have no word for data_parallel_replicate_size"
+        if config.torch_compile:
+            return "TrainingArguments compile the model in one piece, which is not what torch_compile means here"
     if device == "cpu":
         return _not_on_cpu(target, config)
     return None

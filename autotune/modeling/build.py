@@ -1,8 +1,8 @@
 """The Hugging Face model of a trial: built on meta, laid out as the config says, then given weights on its device.
 
-The order is `build_model`, `apply_method`, `apply_activation_checkpointing`, `shard_with_fsdp2` where the config
-shards, `materialize`. No step before the last allocates a parameter, so a 32B model never exists whole on the host, and
-under FSDP2 on no device either.
+The order is `build_model`, `apply_method`, `apply_activation_checkpointing`, `apply_compilation`, `shard_with_fsdp2`
+where the config shards, `materialize`. No step before the last allocates a parameter, so a 32B model never exists whole
+on the host, and under FSDP2 on no device either.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils.other import compile_regions_fsdp2
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -99,6 +100,16 @@ def apply_activation_checkpointing(model: PreTrainedModel, config: TrialConfig) 
             raise UsageError("activation_checkpointing selective needs selective_every, the n of every n-th layer")
         for index, layer in enumerate(checkpointed_layers(model)):
             layer.gradient_checkpointing = index % every == 0
+
+
+def apply_compilation(model: PreTrainedModel, config: TrialConfig) -> None:
+    """Have the layers of `model`, and the modules around them, compiled by themselves when they first run, in place.
+
+    Behind `apply_activation_checkpointing` and before sharding, as accelerate does it: layers are checkpointed and
+    gathered around what is compiled.
+    """
+    if config.torch_compile:
+        compile_regions_fsdp2(model, dynamic=False)
 
 
 def apply_method(model: PreTrainedModel, config: TrialConfig) -> None:

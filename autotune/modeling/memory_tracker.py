@@ -13,10 +13,13 @@ the communication library), and an allocator's fragmentation.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch._C._distributed_c10d import Work
+from torch._C._dynamo import guards
+from torch._guards import TracingContext
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
@@ -30,6 +33,14 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         limit_bytes: live bytes above which an operator raises `torch.OutOfMemoryError`; None for no limit.
         round_to: each storage counts as a multiple of this. 512 is the block of CUDA's caching allocator.
     """
+
+    supports_higher_order_operators = True
+    """Those that compiled code is made of are operators like others."""
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """True: torch.compile compiles nothing under a mode that might change results."""
+        return True
 
     def __init__(self, limit_bytes: int | None = None, round_to: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -75,15 +86,20 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._wait = Work.wait
         # What wrapping `wait` hides is no memory of the trial: see `unseen`.
         Work.wait = unseen(self._wait)  # type: ignore[method-assign]  # a method of torch is wrapped while we count
+        self._allocate = _COMPILED.allocate
+        _COMPILED.allocate = self._allocate_and_count
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        _COMPILED.allocate = self._allocate
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         Work.wait = self._wait  # type: ignore[method-assign]  # the method itself again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if TracingContext.try_get() is not None:  # torch.compile looks through code on tensors without memory
+            return func(*args, **(kwargs or {}))
         IN_FLIGHT.let_go()
         call = IN_FLIGHT.send_functional if func in FUNCTIONAL else _call
         if threads_work_on(func, args):
@@ -92,6 +108,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         grown = sum(self._count(leaf) for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor))
         self._note(str(func), grown)
         return result
+
+    def _allocate_and_count(self, *arguments: Any) -> torch.Tensor:
+        tensor = self._allocate(*arguments)
+        self._note("compiled", self._count(tensor))
+        return tensor
 
     def _count(self, tensor: torch.Tensor) -> int:
         """Bytes by which live memory grew."""
@@ -133,6 +154,20 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_bytes = max(self.peak_bytes, self._live_bytes)
         key = (self.phase, site)
         self.sites[key] = max(self.sites.get(key, 0), self._live_bytes)
+
+
+class _Compiled:
+    """Where compiled code gets its buffers from: `allocate`. It asks no operator, and keeps the function that it finds
+    when it is loaded, whose calls are therefore handed on.
+    """
+
+    def __init__(self) -> None:
+        module: Any = guards  # it is not in torch's annotations
+        self.allocate: Callable[..., torch.Tensor] = module._empty_strided_cpu
+        module._empty_strided_cpu = lambda *arguments: self.allocate(*arguments)
+
+
+_COMPILED = _Compiled()
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Any:

@@ -154,7 +154,9 @@ def plan_memory(
     lost = np.isnan(added) & ~np.isnan(peaks)
     if lost.any():
         unpredicted[effects.why_lost(reasons)] += int(lost.sum())
-    deviations = np.hypot(np.hypot(deviation(space.cluster), KEY_DEVIATION * moved), uncertain / used)
+    spread = np.array([deviation(space.cluster, compiled=bool(value)) for value in space.axes["torch_compile"]])
+    traced = spread[space.columns["torch_compile"]]
+    deviations = np.hypot(np.hypot(traced, KEY_DEVIATION * moved), uncertain / used)
     times: StepTimes | None = None
     speed: float | None = None
     if untimed is not None:

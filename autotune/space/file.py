@@ -172,6 +172,7 @@ class SearchFile(_Strict):
     pipeline_schedule: Axis[PipelineSchedule] = ["1f1b"]
     loss: Axis[Loss] = ["full_logits"]
     data_parallel_replicate_size: Axis[PositiveInt] = [1]
+    torch_compile: Axis[Annotated[bool, Field(strict=True)]] = [False]
     numerics: NumericsFile = NumericsFile()
     batching: Axis[Batching] | None = None
     """By default `fixed` where lengths are, and `dynamic_padding` where they differ."""
@@ -205,6 +206,7 @@ class BaselineFile(_Strict):
     optimizer: Optimizer | None = None
     zero_quantized_weights: StrictBool | None = None
     zero_quantized_gradients: StrictBool | None = None
+    torch_compile: Annotated[bool, Field(strict=True)] | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 

@@ -2,6 +2,7 @@
 
 from autotune.formats.targets import READ_BY_TARGETS, Target, no_target
 from autotune.space.attention import ATTENTION_RULES
+from autotune.space.compilation import COMPILATION_RULES
 from autotune.space.layouts import LAYOUT_RULES
 from autotune.space.lengths import LENGTH_RULES
 from autotune.space.methods import LORA_FIELDS, METHOD_RULES
@@ -17,7 +18,15 @@ from autotune.spec.workload import Workload
 def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
     """Every rule of a study, in the order in which they speak: the config can run, and a target can run it later."""
     expressed = Rule((*READ_BY_TARGETS, *DEGREES), lambda config, *_: no_target(targets, config))
-    return (*RULES, *LAYOUT_RULES, *METHOD_RULES, *OPTIMIZER_RULES, *QUANTIZED_ZERO_RULES, expressed)
+    return (
+        *RULES,
+        *LAYOUT_RULES,
+        *METHOD_RULES,
+        *OPTIMIZER_RULES,
+        *QUANTIZED_ZERO_RULES,
+        *COMPILATION_RULES,
+        expressed,
+    )
 
 
 AXES_OF_CONDITIONS = (

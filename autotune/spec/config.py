@@ -59,6 +59,7 @@ LATER_FIELDS: dict[str, Any] = {
     "batching": "fixed",
     "optimizer": "adamw",
     **dict.fromkeys(ZERO_QUANTIZED, False),
+    "torch_compile": False,
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -119,6 +120,8 @@ class TrialConfig:
     """ZeRO-3 gathers parameters as 8-bit integers (ZeRO++'s qwZ)."""
     zero_quantized_gradients: bool = False
     """ZeRO-3 reduces gradients over nodes as 4-bit integers (ZeRO++'s qgZ)."""
+    torch_compile: bool = False
+    """Each layer, and each of the modules around them, is compiled by itself (accelerate's regional compilation)."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -227,5 +230,7 @@ class TrialConfig:
         if self.optimizer != "adamw":
             words.append(self.optimizer)
         words += ["qwZ"] * self.zero_quantized_weights + ["qgZ"] * self.zero_quantized_gradients
+        if self.torch_compile:
+            words.append("compiled")
         words += [f"{name} {value}" for name, value in self.script]
         return " ".join(words)

@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from hypothesis import given, settings
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -49,6 +49,18 @@ def test_accelerate_accepts_every_config(tmp_path_factory: pytest.TempPathFactor
     loaded = load_config_from_file(str(file))
     assert (loaded.num_machines, loaded.num_processes) == (document["num_machines"], config.gpus)
     assert not loaded.use_cpu
+
+
+def test_layers_are_compiled_as_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = to_accelerate(config(engine="pytorch", zero_stage=3, torch_compile=True), 1, "cuda")
+    check_accelerate(document)
+    for name, value in prepare_multi_gpu_env(launch(tmp_path, document)).items():
+        if name.startswith("ACCELERATE_DYNAMO_"):
+            monkeypatch.setenv(name, value)
+    plugin = TorchDynamoPlugin()
+    assert plugin.backend == DynamoBackend.INDUCTOR
+    assert plugin.use_regional_compilation
+    assert (plugin.mode, plugin.fullgraph, plugin.dynamic) == ("default", False, False)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
