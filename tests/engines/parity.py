@@ -163,12 +163,12 @@ class Ranks:
             self.connections.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
         for connection in self.connections:
             connection.send((function, arguments))
         results = []
         for rank, connection in enumerate(self.connections):
-            assert connection.poll(120), f"rank {rank} hangs"
+            assert connection.poll(seconds), f"rank {rank} hangs"
             failed, result = connection.recv()
             assert not failed, f"rank {rank}: {result}"
             results.append(result)

@@ -48,7 +48,8 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 @pytest.mark.parametrize(("stage", "fields"), CASES)
 def test_every_stage(ranks: Ranks, stage: int, fields: dict[str, Any]) -> None:
     loss_rtol, norm_rtol = (1e-3, 2e-2) if fields else (1e-4, 1e-4)
-    for trace, graphs, breaks in ranks.run(compiled, request("pytorch", stage, torch_compile=True, **fields)):
+    trial = request("pytorch", stage, torch_compile=True, **fields)
+    for trace, graphs, breaks in ranks.run(compiled, trial, seconds=500):
         assert_equal(trace, plain_training(tiny()), loss_rtol=loss_rtol, norm_rtol=norm_rtol)
         assert 0 < graphs <= 8  # one for all layers, and one for each module around them
         assert breaks == 0
