@@ -52,7 +52,7 @@ KEYED: dict[str, Any] = PLAIN | {
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(planning, "machine_rates", lambda ranks, precisions: RATES)
+        patch.setattr(planning, "machine_rates", lambda ranks, precisions, on_measure: RATES)
         yield
 
 
