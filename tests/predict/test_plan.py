@@ -288,7 +288,7 @@ def test_processors_are_timed_by_their_operators(tmp_path: Path) -> None:
 
 
 def test_processors_that_cannot_be_measured_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(ranks: int, precisions: object) -> MachineRates:
+    def failing(ranks: int, precisions: object, on_measure: object) -> MachineRates:
         raise UnknownHardwareError("no cores")
 
     monkeypatch.setattr(planning, "machine_rates", failing)
