@@ -48,6 +48,9 @@ class Inspectable(Protocol):
 
 SUB_GROUP_SIZE = 10**9
 """Elements; DeepSpeed 0.19's own, runtime/zero/config.py."""
+MOST_GATHERED = 10**9
+"""Elements; DeepSpeed 0.19's own for both of `_GATHERED`, runtime/zero/config.py."""
+_GATHERED = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 UNCUT = 10**15
 _SUB_GROUP_SIZE = "zero_optimization.sub_group_size"
 
@@ -107,7 +110,8 @@ def _trace_layers(model: ModelSpec, config: TrialConfig, *, accumulates: bool, r
         else:
             return replace(repeated, fragmentation=fragmentation(_deep_step(shallow, deeper, depth)))
     # Depths that hold whole periods and the same rest differ by whole periods: the line in depth is then theirs.
-    low = _uneven_depth(model, config)
+    period = math.lcm(period, config.selective_every or 1)
+    low = _first_depth(model, config)
     low += (depth - low) % period
     high = low + period * math.ceil((2 if config.zero_stage == 3 else 4) / period)
     if high >= depth:
@@ -159,13 +163,44 @@ def _whole(trace: Trace) -> Stream:
     return replace(Stream.of(trace), fragmentation=fragmentation(step_of(trace)))
 
 
+def _first_depth(model: ModelSpec, config: TrialConfig) -> int:
+    """Layers of the first trace: so many that memory grows evenly with each further one."""
+    if config.engine != "deepspeed":
+        return TRACED_LAYERS
+    if config.zero_stage == 3:
+        return _released_depth(model, config)
+    return _uneven_depth(model, config) if config.zero_stage > 0 else TRACED_LAYERS
+
+
+def _released_depth(model: ModelSpec, config: TrialConfig) -> int:
+    """Layers of the first trace under ZeRO-3, which keeps gathered what it needs again soon.
+
+    It releases a module's parameters unless the next use is within `stage3_max_reuse_distance` elements, and gathers
+    ahead until `stage3_max_live_parameters` are there (deepspeed/runtime/zero/partitioned_param_coordinator.py). A
+    model that is smaller keeps all its layers, so that a line in depth would carry on what a deeper one releases. Where
+    the first three layers are more than those limits, three do; else it was seen to be even from a layer behind limits
+    and embedding on (Qwen2.5-7B and 14B, Qwen3-4B, 8B and 14B against traces of all their layers).
+    """
+    layer = (model.num_parameters - _outside(model)) / model.num_hidden_layers / config.tensor_parallel_size
+    keys = dict(config.deepspeed)
+    limit = max(float(keys.get(f"zero_optimization.{name}", MOST_GATHERED)) for name in _GATHERED)
+    if TRACED_LAYERS * layer > limit:
+        return TRACED_LAYERS
+    return math.ceil((limit + _embedding_size(model)) / layer) + 1
+
+
+def _outside(model: ModelSpec) -> int:
+    """Elements that are in no layer."""
+    return _embedding_size(model) * (1 if model.config.get("tie_word_embeddings") else 2)
+
+
 def _uneven_depth(model: ModelSpec, config: TrialConfig) -> int:
     """Layers of the first trace where buckets or partitions end within layers.
 
     Under stages 1 and 2 of DeepSpeed a rank keeps the gradients of each parameter of which its partition has a piece.
     Where that of the whole model is more than the embedding, so must be that of the traced one.
     """
-    if config.engine != "deepspeed" or config.zero_stage not in (1, 2) or config.method != "full":
+    if config.method != "full":
         return TRACED_LAYERS  # adapters are all small
     embedding, parameters = _embedding_size(model, config), _trained(model, config)
     least = config.data_parallel_size * embedding

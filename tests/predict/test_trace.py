@@ -42,9 +42,12 @@ def a_config(
     gpus: int = 8,
     bucket: int = 2_000_000,
     tensor: int = 1,
+    gathered: int = 1_500_000,
     **keys: Any,
 ) -> TrialConfig:
     stated: dict[str, Any] = {"zero_optimization.reduce_bucket_size": bucket} if engine == "deepspeed" else {}
+    if zero_stage == 3 and engine == "deepspeed":  # less than three layers, as with a 32B model and DeepSpeed's own
+        keys = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), gathered) | keys
     stated |= {f"zero_optimization.{key}": value for key, value in keys.items()}
     return TrialConfig(
         engine=engine,
@@ -92,6 +95,8 @@ def peaks(config: TrialConfig, *, accumulates: bool) -> tuple[float, float]:
             (True, a_config("deepspeed", 3, "full", "optimizer"), True),
             (True, a_config("deepspeed", 3, "none", "optimizer+parameters"), True),
             (True, a_config("deepspeed", 3, sub_group_size=100_000), False),
+            (False, a_config("deepspeed", 3, gathered=3_000_000), False),
+            (True, a_config("deepspeed", 3, "selective", gathered=3_000_000), True),
             (True, a_config("deepspeed", 1, "none", tensor=2), True),
             (False, a_config("deepspeed", 2, tensor=2), False),
             (True, a_config("deepspeed", 3, tensor=2), True),
