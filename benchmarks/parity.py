@@ -26,8 +26,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from autotune.spec.config import TrialConfig  # noqa: E402  # after the path
-from autotune.spec.request import TrialRequest  # noqa: E402
+from autotune.spec.config import TrialConfig  # noqa: E402  # only the path above makes these importable from anywhere
+from autotune.spec.request import TrialRequest  # noqa: E402  # the same
 from tests.engines import parity  # noqa: E402  # the tests are no installed package
 
 
@@ -70,7 +70,7 @@ class Recorder:
             return run(ranks, function, *arguments)
 
         # Before the tests import them.
-        parity.Ranks.run = run_and_remember  # type: ignore[method-assign, assignment]  # that is what recording is
+        parity.Ranks.run = run_and_remember  # type: ignore[method-assign, assignment]  # a class is patched on purpose: each run is written down
         parity.assert_equal = self._assert_equal
 
     def _assert_equal(self, trace: parity.Trace, reference: parity.Trace, **tolerances: float) -> None:

@@ -85,7 +85,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
         self._wait = Work.wait
         # What wrapping `wait` hides is no memory of the trial: see `unseen`.
-        Work.wait = unseen(self._wait)  # type: ignore[method-assign]  # a method of torch is wrapped while we count
+        Work.wait = unseen(self._wait)  # type: ignore[method-assign]  # patched on purpose while counting: no hook exists
         self._allocate = _COMPILED.allocate
         _COMPILED.allocate = self._allocate_and_count
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -95,7 +95,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         _COMPILED.allocate = self._allocate
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        Work.wait = self._wait  # type: ignore[method-assign]  # the method itself again
+        Work.wait = self._wait  # type: ignore[method-assign]  # undoes the patch of `__enter__`
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if TracingContext.try_get() is not None:  # torch.compile looks through code on tensors without memory

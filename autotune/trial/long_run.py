@@ -138,7 +138,7 @@ def save_and_delete(engine: Engine, folder: Path, num_parameters: int, *, first_
     dist.barrier()
     free = shutil.disk_usage(folder).free
     needed = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
-    device = "cuda" if torch.cuda.is_initialized() else "cpu"  # type: ignore[no-untyped-call]  # torch's own
+    device = "cuda" if torch.cuda.is_initialized() else "cpu"  # type: ignore[no-untyped-call]  # torch has not annotated it
     ratio = torch.tensor(free / needed, device=device)
     dist.all_reduce(ratio, dist.ReduceOp.MIN)
     saved = Saved(

@@ -110,7 +110,7 @@ def plain_steps(model: torch.nn.Module, rate: float, adam: Callable[..., torch.o
         )
         logits = model(input_ids=ids).logits
         loss = functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has not annotated it
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
         for gradient in gradients:

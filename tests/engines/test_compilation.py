@@ -74,7 +74,7 @@ def test_the_tracker_sees_what_the_allocator_gives(checkpointing: str) -> None:
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             peak = tracker.peak_bytes - before
             model.zero_grad()
-    events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]  # it has run
+    events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]  # None before it has run, and it has
     live, highest = 0, 0
     for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
         live += event.nbytes()
