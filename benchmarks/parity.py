@@ -61,13 +61,15 @@ class Recorder:
         self._compare = parity.assert_equal
         run = parity.Ranks.run
 
-        def run_and_remember(ranks: parity.Ranks, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        def run_and_remember(
+            ranks: parity.Ranks, function: Callable[..., Any], *arguments: Any, **limits: float
+        ) -> list[Any]:
             trial = next((each for each in arguments if isinstance(each, TrialRequest)), None)
             build = next((each for each in arguments if callable(each)), None)
             if trial is not None:
                 wrong = "" if build is None or build.__name__ == "build_engine" else build.__name__
                 self._trial = trial.config, wrong
-            return run(ranks, function, *arguments)
+            return run(ranks, function, *arguments, **limits)
 
         # Before the tests import them.
         parity.Ranks.run = run_and_remember  # type: ignore[method-assign, assignment]  # a class is patched on purpose: each run is written down

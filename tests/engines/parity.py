@@ -1,11 +1,12 @@
 """What every engine is held against: a plain loop over the same model and batch, and ranks that run the engines."""
 
+import contextlib
 import datetime
 import functools
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import distributed
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn import functional
 from torch.optim import AdamW
 
@@ -186,20 +188,36 @@ class Ranks:
 def serve(rank: int, count: int, folder: str, connection: Connection) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": "0"}
     torch.set_num_threads(1)
+    for number, (function, arguments) in enumerate(iter(connection.recv, None)):
+        try:
+            with process_group(rank, count, Path(folder) / str(number)):
+                result = function(rank, *arguments)
+            connection.send((False, result))
+        except Exception:
+            connection.send((True, traceback.format_exc()))
+
+
+@contextlib.contextmanager
+def process_group(rank: int, count: int, store: Path) -> Iterator[None]:
+    """A group for each call: gloo has threads that poll for every group there is, in the end some hundred a rank."""
+    import deepspeed.comm  # reads DS_ACCELERATOR, which ranks have and the tests' own process has not
+
     distributed.init_process_group(
         "gloo",
-        init_method=f"file://{Path(folder) / 'store'}",
+        init_method=f"file://{store}",
         rank=rank,
         world_size=count,
         timeout=datetime.timedelta(seconds=60),
     )
-    while (call := connection.recv()) is not None:
-        function, arguments = call
-        try:
-            connection.send((False, function(rank, *arguments)))
-        except Exception:
-            connection.send((True, traceback.format_exc()))
-    distributed.destroy_process_group()
+    try:
+        yield
+        distributed.barrier()  # a peer must not see connections close while it needs them
+    finally:
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch has not annotated it; it names groups
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()  # torch's, and what it keeps of it
+        else:
+            distributed.destroy_process_group()
 
 
 def assert_equal(trace: Trace, reference: Trace, *, loss_rtol: float = 1e-4, norm_rtol: float = 1e-4) -> None:
