@@ -17,11 +17,13 @@ from autotune.formats.deepspeed_json import set_dotted, to_deepspeed
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
+    apply_liger_kernel,
     apply_method,
     build_model,
     construct_model,
     initial_weight,
     initializer_range,
+    loss_alone,
     materialize,
 )
 from autotune.spec.request import TrialRequest
@@ -55,6 +57,7 @@ class DeepSpeedEngine:
             apply_method(model, config)
             # HF and DeepSpeed hold the weights in the compute dtype; fp32 masters are the optimizer's.
             materialize(model, device, COMPUTE_DTYPES[config.precision], workload.seed)
+        apply_liger_kernel(model, config)
         apply_activation_checkpointing(model, config)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._engine: Any = deepspeed.initialize(
@@ -66,6 +69,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )[0]
         self._offload = config.offload
+        self._loss_alone = loss_alone(config)
         # Plain fp32 is the one path on which DeepSpeed forgets the norm by which it clips.
         self._norm_is_ours = config.zero_stage == 0 and config.precision == "fp32"
         self._norm: float | torch.Tensor = float("nan")
@@ -73,7 +77,7 @@ class DeepSpeedEngine:
     def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
         """See `Engine.forward`."""
         self._engine.set_gradient_accumulation_boundary(boundary)
-        loss: torch.Tensor = self._engine(**{"input_ids": input_ids, "labels": input_ids, **more}, use_cache=False).loss
+        loss: torch.Tensor = self._engine(**self._inputs(input_ids, more)).loss
         return loss
 
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
@@ -94,11 +98,14 @@ class DeepSpeedEngine:
         """See `Engine.gradient_norm`."""
         return float(self._norm)
 
+    def _inputs(self, input_ids: torch.Tensor, more: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {"input_ids": input_ids, "labels": input_ids, **more, **self._loss_alone, "use_cache": False}
+
     @torch.no_grad()
     def evaluate(self, input_ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """See `Engine.evaluate`."""
         self._engine.eval()
-        loss: torch.Tensor = self._engine(**{"input_ids": input_ids, "labels": input_ids, **more}, use_cache=False).loss
+        loss: torch.Tensor = self._engine(**self._inputs(input_ids, more)).loss
         self._engine.train()
         return loss
 

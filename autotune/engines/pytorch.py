@@ -37,8 +37,10 @@ from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
     apply_compilation,
+    apply_liger_kernel,
     apply_method,
     build_model,
+    loss_alone,
     materialize,
     shard_with_fsdp2,
 )
@@ -71,12 +73,14 @@ class PyTorchEngine:
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._norm = torch.tensor(float("nan"))
         self._offload = config.offload
+        self._loss_alone = loss_alone(config)
 
     def _lay_out(self, request: TrialRequest, device: torch.device) -> torch.nn.Module:
         """The module that `forward` calls, on the device and wrapped as the config says."""
         config = request.config
         model = build_model(request.model, config.attention)
         apply_method(model, config)
+        apply_liger_kernel(model, config)
         apply_activation_checkpointing(model, config)
         apply_compilation(model, config)
         if config.precision != "fp32":
@@ -102,7 +106,7 @@ class PyTorchEngine:
             # The model shifts the labels itself. No mask: that of full sequences of one length is all ones, for which
             # transformers makes none.
             inputs = {"input_ids": input_ids, "labels": input_ids, **more}
-            loss: torch.Tensor = self._model(**inputs, use_cache=False).loss
+            loss: torch.Tensor = self._model(**inputs, **self._loss_alone, use_cache=False).loss
         return loss
 
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:

@@ -56,7 +56,8 @@ FILES = {
     "training_args": ScriptFile(
         name="training_args.yaml",
         targets=("hf_trainer",),
-        axes=_SHARDING | {"micro_batch_size", "activation_checkpointing", "selective_every", "optimizer"},
+        axes=_SHARDING
+        | {"micro_batch_size", "activation_checkpointing", "selective_every", "optimizer", "use_liger_kernel"},
         write=lambda config, workload, _nodes, device: _yaml(to_training_args(config, workload, device)),
     ),
     "ds_config_hf": ScriptFile(

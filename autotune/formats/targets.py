@@ -111,6 +111,8 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
     if config.method == "qlora":
         given = ", ".join(f"{key}={value!r}" for key, value in to_quantization_config(config).items())
         load += f", `quantization_config=BitsAndBytesConfig({given})` and `device_map={{'': local_rank}}`"
+    if config.use_liger_kernel and target != "hf_trainer":
+        load += ", by `liger_kernel.transformers.AutoLigerKernelForCausalLM`"
     todo = [_sequences(config), load]
     if config.method != "full":
         todo += _adapters(config)

@@ -45,6 +45,8 @@ def to_training_args(config: TrialConfig, workload: Workload, device: Device) ->
         document["optim"] = "adamw_bnb_8bit"
     elif config.engine == "pytorch":  # DeepSpeed's JSON names its own
         document["optim"] = "adamw_torch_fused"
+    if config.use_liger_kernel:
+        document["use_liger_kernel"] = True
     if config.engine == "pytorch" and config.zero_stage:
         document["fsdp"] = True
         document["fsdp_config"] = {

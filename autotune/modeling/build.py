@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.integrations import liger
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autotune.errors import UsageError
@@ -110,6 +111,19 @@ def apply_compilation(model: PreTrainedModel, config: TrialConfig) -> None:
     """
     if config.torch_compile:
         compile_regions_fsdp2(model, dynamic=False)
+
+
+def apply_liger_kernel(model: PreTrainedModel, config: TrialConfig) -> None:
+    """Have Liger's kernels compute norms, rotary embeddings, SwiGLU and the loss of `model`, in place, by the Trainer's
+    own function; rotary embeddings of every model of that kind in this process besides.
+    """
+    if config.use_liger_kernel:
+        liger.apply_liger_kernel(model, None)
+
+
+def loss_alone(config: TrialConfig) -> dict[str, bool]:
+    """What a model is told besides: in an evaluation Liger's makes whole logits otherwise. The Trainer tells it too."""
+    return {"skip_logits": True} if config.use_liger_kernel else {}
 
 
 def apply_method(model: PreTrainedModel, config: TrialConfig) -> None:

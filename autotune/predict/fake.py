@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers.integrations.deepspeed
+import transformers.integrations.liger
 import transformers.masking_utils
 from torch._C._distributed_c10d import _register_comm_hook
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import autotune.modeling.build
 from autotune.engines.engine import Engine, build_engine
+from autotune.predict import liger
 from autotune.predict.fake_mode import CPU, FakeData
 from autotune.spec.config import Batching
 from autotune.spec.outcome import Phase
@@ -130,6 +132,9 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         yield quantized, "initial_weight", lambda name, shape, device, *_: torch.empty(*shape, device=device)
         # A table that the library makes from numbers once and keeps: real, and not a later trial's.
         yield functional, "name2qmap", {"dynamic": functional.create_dynamic_map()}
+    if request.config.use_liger_kernel:  # Triton's kernels run on GPUs, and Liger need not be installed
+        yield transformers.integrations.liger, "apply_liger_kernel", liger.stand_in
+        yield liger.rotary_module(request.model.config["model_type"]), "apply_rotary_pos_emb", liger.rotate
     if request.config.engine == "pytorch":
         # Tables of ranks are read, so they are real: those that FSDP2 makes of two meshes as well.
         yield DeviceMesh, "__init__", _on_real_tensors(DeviceMesh.__init__)

@@ -52,6 +52,7 @@ _SOURCES = (
     "predict/allocator.py",
     "predict/fake.py",
     "predict/fake_mode.py",
+    "predict/liger.py",
     "predict/record.py",
     "predict/reserved.py",
     "predict/segments.py",

@@ -173,6 +173,7 @@ class SearchFile(_Strict):
     loss: Axis[Loss] = ["full_logits"]
     data_parallel_replicate_size: Axis[PositiveInt] = [1]
     torch_compile: Axis[Annotated[bool, Field(strict=True)]] = [False]
+    use_liger_kernel: Axis[StrictBool] = [False]
     numerics: NumericsFile = NumericsFile()
     batching: Axis[Batching] | None = None
     """By default `fixed` where lengths are, and `dynamic_padding` where they differ."""
@@ -207,6 +208,7 @@ class BaselineFile(_Strict):
     zero_quantized_weights: StrictBool | None = None
     zero_quantized_gradients: StrictBool | None = None
     torch_compile: Annotated[bool, Field(strict=True)] | None = None
+    use_liger_kernel: StrictBool | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 

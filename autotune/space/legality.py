@@ -5,6 +5,7 @@ from autotune.space.attention import ATTENTION_RULES
 from autotune.space.compilation import COMPILATION_RULES
 from autotune.space.layouts import LAYOUT_RULES
 from autotune.space.lengths import LENGTH_RULES
+from autotune.space.liger import LIGER_RULES
 from autotune.space.methods import LORA_FIELDS, METHOD_RULES
 from autotune.space.optimizers import OPTIMIZER_RULES
 from autotune.space.quantized_zero import QUANTIZED_ZERO_RULES
@@ -25,6 +26,7 @@ def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
         *OPTIMIZER_RULES,
         *QUANTIZED_ZERO_RULES,
         *COMPILATION_RULES,
+        *LIGER_RULES,
         expressed,
     )
 

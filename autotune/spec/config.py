@@ -60,6 +60,7 @@ LATER_FIELDS: dict[str, Any] = {
     "optimizer": "adamw",
     **dict.fromkeys(ZERO_QUANTIZED, False),
     "torch_compile": False,
+    "use_liger_kernel": False,
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -122,6 +123,9 @@ class TrialConfig:
     """ZeRO-3 reduces gradients over nodes as 4-bit integers (ZeRO++'s qgZ)."""
     torch_compile: bool = False
     """Each layer, and each of the modules around them, is compiled by itself (accelerate's regional compilation)."""
+    use_liger_kernel: bool = False
+    """Norms, rotary embeddings, SwiGLU and the loss are Liger's Triton kernels; logits are computed a few rows at a
+    time. The name is the Trainer's."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -232,5 +236,7 @@ class TrialConfig:
         words += ["qwZ"] * self.zero_quantized_weights + ["qgZ"] * self.zero_quantized_gradients
         if self.torch_compile:
             words.append("compiled")
+        if self.use_liger_kernel:
+            words.append("liger")
         words += [f"{name} {value}" for name, value in self.script]
         return " ".join(words)
