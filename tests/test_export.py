@@ -237,6 +237,21 @@ def test_numerics_are_labelled(tmp_path: Path, store: SqlStore) -> None:
     assert "The search varied what is trained, not only how fast: method (here `full`)." in readme
 
 
+def test_states_on_a_disk_are_exported_with_the_folder_of_the_space(
+    tmp_path: Path, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autotune.space.nvme.async_io_error", lambda: None)
+    search = {"engine": "deepspeed", "zero_stage": 3, "offload": "optimizer_nvme", "micro_batch_size": 1}
+    study = finished_study(tmp_path, store, simulate, search=search, baseline=..., nvme={"path": "/local_nvme"})
+    files = export_best(study, tmp_path / "out")
+    written = {"device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True}
+    for name in ("ds_config.json", "ds_config.hf.json"):
+        assert json.loads(files[name].read_text())["zero_optimization"]["offload_optimizer"] == written
+    arguments = yaml.safe_load(files["training_args.yaml"].read_text())
+    assert arguments["deepspeed"]["zero_optimization"]["offload_optimizer"] == written
+    assert "below `/local_nvme`, up to 16.0 MiB on each node" in files["README.md"].read_text()
+
+
 def test_full_training_has_no_adapters(tmp_path: Path, store: SqlStore) -> None:
     study = finished_study(tmp_path, store, simulate)
     assert "adapter_config.json" not in export_best(study, tmp_path / "out")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from autotune.engines.optimizers import build_optimizer
+from autotune.engines.swapping import require_aligned_gradients, require_locked_memory
 from autotune.formats.deepspeed_json import set_dotted, to_deepspeed
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
@@ -26,6 +27,7 @@ from autotune.modeling.build import (
     loss_alone,
     materialize,
 )
+from autotune.spec.nvme import pinned_bytes
 from autotune.spec.request import TrialRequest
 
 
@@ -39,13 +41,15 @@ class DeepSpeedEngine:
 
     def __init__(self, request: TrialRequest, device: torch.device) -> None:
         config, workload = request.config, request.workload
-        document = to_deepspeed(config, workload)
+        document = to_deepspeed(config, workload, request.nvme_path)
         # DeepSpeed decides once per process, on its first import, by DS_ACCELERATOR or by what it finds.
         chosen = get_accelerator().device_name()
         if chosen != device.type:
             raise RuntimeError(f"DeepSpeed runs on {chosen} in this process, not on {device.type}; set DS_ACCELERATOR")
         if device.type == "cpu":
             _adapt_to_cpu(document)
+        if config.offload == "optimizer_nvme":
+            require_locked_memory(pinned_bytes(config, request.model))
         # DeepSpeed takes its device from here, whatever the tensors say.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         deepspeed.init_distributed(auto_mpi_discovery=False)  # adopts the process group that exists
@@ -70,6 +74,8 @@ class DeepSpeedEngine:
         )[0]
         self._offload = config.offload
         self._loss_alone = loss_alone(config)
+        if config.offload == "optimizer_nvme":
+            require_aligned_gradients(self._engine.optimizer, Path(request.nvme_path or ""))
         # Plain fp32 is the one path on which DeepSpeed forgets the norm by which it clips.
         self._norm_is_ours = config.zero_stage == 0 and config.precision == "fp32"
         self._norm: float | torch.Tensor = float("nan")
@@ -132,6 +138,7 @@ class DeepSpeedEngine:
             # Pinned copies of what goes up and comes down (stages 1 and 2), and gathered gradients (stage 3).
             host += _held(zero, "param_buffer_of_bit16_for_cpu_offload_groups", "temp_grad_buffer_for_cpu_offload")
             host += _held(zero, "accumulated_grads_in_cpu", "grad_partitions_flat_buffer", "averaged_gradients")
+            host += _held(getattr(getattr(zero, "optimizer_swapper", None), "swap_buffer_manager", None), "all_buffers")
         if self._offload == "optimizer+parameters":
             host += partitions
         offloaded = {id(tensor) for tensor in host}

@@ -88,20 +88,25 @@ class Format:
         return study.best_among(result for result in study.results if self.refusal(result.config, study.space) is None)
 
 
+def _arguments(study: Study, source: Best) -> dict[str, Any]:
+    space = study.space
+    return to_training_args(source.config, space.workload, space.cluster.device, space.cluster.nvme_path)
+
+
 def _training_args(study: Study, source: Best) -> str:
-    document = to_training_args(source.config, study.space.workload, study.space.cluster.device)
+    document = _arguments(study, source)
     check_training_args(document)
     return _heading(study, source) + as_yaml(document)
 
 
 def _hf_deepspeed(study: Study, source: Best) -> str:
     # Its `auto`s mean nothing without the arguments: checking those checks it, filled in.
-    check_training_args(to_training_args(source.config, study.space.workload, study.space.cluster.device))
-    return as_json(to_hf_deepspeed(source.config, study.space.workload))
+    check_training_args(_arguments(study, source))
+    return as_json(to_hf_deepspeed(source.config, study.space.workload, study.space.cluster.nvme_path))
 
 
 def _deepspeed(study: Study, source: Best) -> str:
-    document = to_deepspeed(source.config, study.space.workload)
+    document = to_deepspeed(source.config, study.space.workload, study.space.cluster.nvme_path)
     check_deepspeed(document)
     return as_json(document)
 

@@ -15,6 +15,7 @@ from autotune.formats.training_args import to_training_args
 from autotune.results import Best
 from autotune.space.space import Space
 from autotune.spec.config import TrialConfig
+from autotune.spec.nvme import stored_bytes
 from autotune.spec.outcome import Measurement
 from autotune.study import Study
 from autotune.units import format_bytes, format_rate, format_seconds
@@ -144,6 +145,8 @@ def _documents(study: Study, best: Best) -> dict[str, str]:
         ],
         modes=modes,
         own_script=own,
+        nvme_path=space.cluster.nvme_path if best.config.offload == "optimizer_nvme" else None,
+        swapped_bytes=stored_bytes(best.config, space.model, space.cluster.gpus_per_node),
         baseline=study.baseline_outcome if isinstance(study.baseline_outcome, Measurement) else None,
         verdict=study.verdict if best == study.best() else None,
         numerics={axis: space.values(best.config)[axis] for axis in space.numerics},
@@ -183,7 +186,7 @@ def _left_to_script(form: Format, config: TrialConfig, space: Space) -> list[str
         return []
     todo = left_to_script(form.targets[0], config, space.workload)
     if form is FORMATS["deepspeed-hf"]:
-        arguments = to_training_args(config, space.workload, space.cluster.device)
+        arguments = to_training_args(config, space.workload, space.cluster.device, space.cluster.nvme_path)
         del arguments["deepspeed"]
         todo.append(f"has the arguments `{', '.join(f'{name}={value!r}' for name, value in arguments.items())}`")
     return todo

@@ -6,6 +6,7 @@ Trainer has an argument of its own. Nothing here serves only a CPU run: what a C
 a world size that does not exist where a file is checked.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ OWNED_KEYS = {
     "zero_optimization.stage": "use the axis zero_stage",
     "zero_optimization.offload_optimizer.device": "use the axis offload",
     "zero_optimization.offload_param.device": "use the axis offload",
+    "zero_optimization.offload_optimizer.nvme_path": "set nvme.path",
+    "zero_optimization.offload_param.nvme_path": "set nvme.path",
     "zero_optimization.cpu_offload": "use the axis offload",
     "zero_optimization.cpu_offload_params": "use the axis offload",
     **{f"zero_optimization.{key}": f"use the axis search.numerics.{key}" for key in ZERO_QUANTIZED},
@@ -55,16 +58,27 @@ TRAINING_KEYS = (
 """Keys that change the numbers of training, which a search for speed must not do unasked."""
 
 
-def to_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
+def to_deepspeed(config: TrialConfig, workload: Workload, nvme_path: str | None = None) -> dict[str, Any]:
     """The DeepSpeed config of `config`, its keys always in the same order.
 
+    Args:
+        config: what runs.
+        workload: the work of a step.
+        nvme_path: the folder for what is offloaded to a disk; plays no part elsewhere.
+
     Raises:
-        UsageError: `config.deepspeed` sets a key that is not free, parameters are offloaded below ZeRO stage 3, or
-            matrices are shared at stage 0.
+        UsageError: `config.deepspeed` sets a key that is not free, parameters are offloaded, or states to a disk, below
+            ZeRO stage 3, there is no folder for them, or matrices are shared at stage 0.
         ValueError: the global batch does not divide.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.offload != "none":
+    if config.offload == "optimizer_nvme":
+        if config.zero_stage != 3:
+            raise UsageError(f"offload optimizer_nvme needs zero_stage 3, not {config.zero_stage}")
+        if nvme_path is None:
+            raise UsageError("offload optimizer_nvme needs a folder on a fast disk; state nvme.path")
+        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": nvme_path, "pin_memory": True}
+    elif config.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.offload == "optimizer+parameters":
         if config.zero_stage != 3:
@@ -114,7 +128,7 @@ TRAINER_KEYS = (
 """Keys for which the Trainer has an argument. It fills in `auto`, and refuses a number that is not its argument's."""
 
 
-def to_hf_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
+def to_hf_deepspeed(config: TrialConfig, workload: Workload, nvme_path: str | None = None) -> dict[str, Any]:
     """`to_deepspeed`, leaving to the Trainer's arguments what they decide.
 
     Bucket sizes are no such thing: `auto` would have the Trainer put numbers there that no trial measured.
@@ -123,7 +137,7 @@ def to_hf_deepspeed(config: TrialConfig, workload: Workload) -> dict[str, Any]:
         UsageError: see `to_deepspeed`.
         ValueError: the global batch does not divide.
     """
-    document = to_deepspeed(config, workload)
+    document = to_deepspeed(config, workload, nvme_path)
     for key in TRAINER_KEYS:
         if key.partition(".")[0] in document:
             set_dotted(document, key, "auto")
@@ -176,6 +190,17 @@ def deepspeed_key_error(key: str, value: Scalar) -> str | None:
     except UsageError as error:
         return str(error)
     return None
+
+
+@functools.cache
+def async_io_error() -> str | None:
+    """Why DeepSpeed cannot build the op that reads and writes disks on this machine; None if it can."""
+    with asking():
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if AsyncIOBuilder().is_compatible():
+            return None
+    return "DeepSpeed's op async_io needs libaio and its headers, which were not found: apt-get install libaio-dev"
 
 
 def _not_free(key: str) -> str | None:

@@ -16,7 +16,9 @@ from autotune.spec.config import TrialConfig
 from autotune.spec.workload import Workload
 
 
-def to_training_args(config: TrialConfig, workload: Workload, device: Device) -> dict[str, Any]:
+def to_training_args(
+    config: TrialConfig, workload: Workload, device: Device, nvme_path: str | None = None
+) -> dict[str, Any]:
     """The arguments of `config`, always in the same order.
 
     Activation checkpointing is the Trainer's own switch, which the trial used too, under FSDP2 as well: the switch of
@@ -40,7 +42,7 @@ def to_training_args(config: TrialConfig, workload: Workload, device: Device) ->
         every = {"every_n_layers": config.selective_every} if config.selective_every else {}
         document[f"{checkpointing_argument()}_kwargs"] = {"use_reentrant": False, **every}
     if config.engine == "deepspeed":
-        document["deepspeed"] = to_hf_deepspeed(config, workload)
+        document["deepspeed"] = to_hf_deepspeed(config, workload, nvme_path)
     if config.optimizer == "adamw_8bit":
         document["optim"] = "adamw_bnb_8bit"
     elif config.engine == "pytorch":  # DeepSpeed's JSON names its own

@@ -13,7 +13,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -101,6 +102,8 @@ def fake_trial(request: TrialRequest, observer: TorchDispatchMode, rank: int = 0
         os.environ.setdefault("DS_ACCELERATOR", CPU.type)
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=request.config.gpus)
         stack.callback(_leave_group, request)
+        if request.config.offload == "optimizer_nvme":  # folders are made, nothing is written
+            request = replace(request, nvme_path=stack.enter_context(TemporaryDirectory(prefix="autotune-trace-")))
         for owner, name, substitute in _substitutes(request):
             stack.enter_context(_replaced(owner, name, substitute))
         stack.enter_context(FakeData())
@@ -173,6 +176,49 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         yield cross_entropy, "_validate_vocab_shard_bounds", lambda size, *args: size * tensor
         # It asks `numactl`, for each bucket that ZeRO-3 reduces.
         yield type(get_accelerator()), "device_count", lambda self: request.config.gpus
+        if request.config.offload == "optimizer_nvme":
+            from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper, pipelined_optimizer_swapper
+
+            yield partitioned_optimizer_swapper, "AsyncIOBuilder", _DiskBuilder
+            yield pipelined_optimizer_swapper, "AsyncIOBuilder", _DiskBuilder
+            # Of this machine's limits and disk.
+            yield engine, "require_locked_memory", lambda *args: None
+            yield engine, "require_aligned_gradients", lambda *args: None
+
+
+class _DiskBuilder:
+    """Stands for DeepSpeed's op `async_io`, with a disk that takes everything and says it is done."""
+
+    def load(self) -> "_DiskBuilder":
+        return self
+
+    def aio_handle(self, **settings: Any) -> "_Disk":
+        return _Disk()
+
+
+@dataclass(slots=True)
+class _Disk:
+    pinned: set[int] = field(default_factory=set)
+    """Storages of its buffers."""
+    pending: int = 0
+
+    def new_cpu_locked_tensor(self, numel: int, example: torch.Tensor) -> torch.Tensor:
+        buffer = torch.empty(numel, dtype=example.dtype)
+        self.pinned.add(buffer.untyped_storage()._cdata)
+        return buffer
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.pinned
+
+    def async_pread(self, tensor: torch.Tensor, path: str, offset: int) -> int:
+        self.pending += 1
+        return 0
+
+    async_pwrite = async_pread
+
+    def wait(self) -> int:
+        done, self.pending = self.pending, 0
+        return done
 
 
 def _share_matrices(engine: Any, model: torch.nn.Module) -> None:

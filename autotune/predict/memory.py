@@ -28,6 +28,7 @@ from autotune.predict.stream import PipelineStream, RankStream, SitedStream, Str
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import FLASH_ATTENTION, ZERO_QUANTIZED, TrialConfig
 from autotune.spec.model import ModelSpec
+from autotune.spec.nvme import swapping_bytes
 from autotune.spec.prediction import MemoryPrediction, Part
 from autotune.spec.workload import Workload
 
@@ -89,7 +90,10 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
             breakdown=parts,
             deviation=deviation(cluster, compiled=config.torch_compile),
         )
-    host = parts.pop(Part.HOST, 0) * min(config.gpus, cluster.gpus_per_node)
+    host = parts.pop(Part.HOST, 0)
+    if config.offload == "optimizer_nvme":  # traces are of one sub-group, however deep the model is
+        host = swapping_bytes(config, model)
+    host *= min(config.gpus, cluster.gpus_per_node)
     allocated = sum(parts.values())
     unused = round(float(fragmentation_bytes(fullest, batch, length, cluster.device)[0]))
     if unused:

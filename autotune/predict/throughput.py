@@ -28,7 +28,8 @@ and for the step:
     parameter gather    of ZeRO-1 and 2 after the update; FSDP2 and ZeRO-3 for each layer, max(0, gather - the layer);
                         with ZeRO++'s hpZ, but for a step's first pass, over the ranks of the second copy
     optimizer           bytes of norm, clipping, AdamW and copy
-    offload             gradients and parameters over PCIe, and the processor's Adam
+    offload             gradients and parameters over PCIe, and the processor's Adam; to a disk, also what an update
+                        reads and writes of it, one after the other (`autotune.spec.nvme`)
 
 of which accumulation, reduction and optimizer are of what trains, the gathering of sharded parameters of all.
 
@@ -67,6 +68,7 @@ from autotune.predict.step import (
 )
 from autotune.predict.trials import Trials
 from autotune.spec.cluster import ClusterSpec
+from autotune.spec.nvme import MOVED_BYTES
 
 HOST_ADAM_SECONDS = 0.22e-9
 """A parameter of a node, DeepSpeed's CPU-Adam: 0.22 s for 10^9 (Ren et al., arXiv:2101.06840, table 4)."""
@@ -136,6 +138,7 @@ class _Sharded:
         tensor = trials.tensor.astype(float)
         self._shape, self._trials, self._kernels = shape, trials, kernels
         self._net, self._node = network(cluster.gpu), cluster.gpus_per_node
+        self._disk = None if cluster.nvme is None else cluster.nvme.bandwidth_bytes_per_second
         self._gpu, self._deepspeed, self._value = cluster.gpu, engine == "deepspeed", 4 if precision == "fp32" else 2
         self._mixed = precision != "fp32"
         length = trials.length.astype(float)
@@ -310,6 +313,8 @@ class _Sharded:
         share, held = self._trained / shards, self._parameters / shards
         on_node = np.minimum(trials.gpus, self._node)
         adam = HOST_ADAM_SECONDS * share * on_node
+        if self._disk is not None:
+            adam = adam + np.where(trials.offload == "optimizer_nvme", MOVED_BYTES * share * on_node / self._disk, 0.0)
         down = np.where(trials.zero_stage >= 2, trials.accumulation, 1) * self._value * share / link
         passes = np.where(trials.offload == "optimizer+parameters", 2 * trials.accumulation, 0)
         # FSDP2 copies fp32 shards up for each gathering, casts them there, and reduces only the last gradients.

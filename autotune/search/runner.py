@@ -62,6 +62,7 @@ def run_study(
         memory_limit_bytes=space.cluster.memory_bytes if space.cluster.device == "cpu" else None,
         timeout_seconds=space.file.budget.trial_seconds,
         stall_seconds=space.file.budget.trial_seconds / 2,
+        nvme_path=space.cluster.nvme_path,
         script=space.script,
     )
     cluster = space.cluster

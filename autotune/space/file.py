@@ -83,6 +83,12 @@ AtLeastTwo = Annotated[int, Field(ge=2, le=MAX_COUNT, strict=True)]
 Name = Annotated[str, AfterValidator(_printable)]
 
 
+def _absolute(value: str) -> str:
+    if not Path(value).is_absolute():
+        raise ValueError("a folder on each node begins with /")
+    return value
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -94,6 +100,14 @@ class ClusterFile(_Strict):
     gpus_per_node: PositiveInt
     gpu: Name
     memory_bytes: Annotated[int, BeforeValidator(parse_bytes)] | None = None
+
+
+class NvmeFile(_Strict):
+    """The fast disk of each node, for `offload: optimizer_nvme`."""
+
+    path: Annotated[Name, AfterValidator(_absolute)]
+    free_bytes: Annotated[int, BeforeValidator(parse_bytes)] | None = None
+    bandwidth_bytes_per_second: Annotated[Real, Field(gt=0)] | None = None
 
 
 class LengthsFile(_Strict):
@@ -276,6 +290,7 @@ class SpaceFile(_Strict):
     """Who must be able to run the winner: a config is searched if at least one of them can express it. All of them
     together express every config that a trial can run; name the one that you use to search no other."""
     cluster: Literal["auto"] | ClusterFile = "auto"
+    nvme: NvmeFile | None = None
     workload: WorkloadFile
     objective: ObjectiveFile = ObjectiveFile()
     memory_headroom: Annotated[Real, Field(ge=0, lt=1)] = 0.06
@@ -407,6 +422,7 @@ def _is_union_label(part: str) -> bool:
 _SECTIONS: dict[str, type[BaseModel]] = {
     "": SpaceFile,
     "cluster": ClusterFile,
+    "nvme": NvmeFile,
     "workload": WorkloadFile,
     "objective": ObjectiveFile,
     "workload.lengths": LengthsFile,

@@ -7,6 +7,7 @@ from autotune.space.layouts import LAYOUT_RULES
 from autotune.space.lengths import LENGTH_RULES
 from autotune.space.liger import LIGER_RULES
 from autotune.space.methods import LORA_FIELDS, METHOD_RULES
+from autotune.space.nvme import NVME_RULES
 from autotune.space.optimizers import OPTIMIZER_RULES
 from autotune.space.quantized_zero import QUANTIZED_ZERO_RULES
 from autotune.space.rule import DEGREES, Rule, reads
@@ -24,6 +25,7 @@ def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
         *LAYOUT_RULES,
         *METHOD_RULES,
         *OPTIMIZER_RULES,
+        *NVME_RULES,
         *QUANTIZED_ZERO_RULES,
         *COMPILATION_RULES,
         *LIGER_RULES,

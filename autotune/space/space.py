@@ -27,7 +27,7 @@ from autotune.space.lengths import read_lengths
 from autotune.space.methods import LORA_FIELDS, contradiction
 from autotune.space.rule import Rule
 from autotune.space.script import check_script, script_rules, script_run
-from autotune.spec.cluster import ClusterSpec, find_gpu
+from autotune.spec.cluster import ClusterSpec, NvmeSpec, find_gpu
 from autotune.spec.config import ZERO_QUANTIZED, Batching, Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.record import SpaceRecord, StudyRecord
@@ -266,6 +266,8 @@ def load_space(path: Path, cluster: ClusterSpec | None = None) -> Space:
         cluster = ClusterSpec(
             nodes=file.cluster.nodes, gpus_per_node=file.cluster.gpus_per_node, gpu=gpu, memory_bytes=memory_bytes
         )
+    if file.nvme is not None:
+        cluster = replace(cluster, nvme=NvmeSpec(**file.nvme.model_dump(exclude_none=True)))
     problem = contradiction(file)
     if problem is not None:
         raise InvalidSpaceError(f"{where}: {problem}")

@@ -1,5 +1,6 @@
 """`GpuSpec` and `ClusterSpec`: the hardware. Every figure is the vendor's, and names where it stands."""
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -213,6 +214,19 @@ def identify_gpu(device_name: str, memory_bytes: int) -> GpuSpec | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NvmeSpec:
+    """The fast disk of each node, for what is offloaded there."""
+
+    path: str
+    """A folder on it, the same on each node; a trial makes one of its own in it."""
+    free_bytes: int | None = None
+    """Of one node's; None: not known before a trial looks."""
+    bandwidth_bytes_per_second: float = 3 * _GIGA
+    """Of one node's, reading and writing in turns. The default is about one data-centre drive on 4 lanes of PCIe
+    generation 4, whose datasheets say 7 GB/s of reading and 4 of writing. Judgement: state your disks'."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
     """Equal nodes with equal GPUs."""
 
@@ -222,6 +236,8 @@ class ClusterSpec:
     gpu: GpuSpec
     memory_bytes: int = 0
     """Per device. Left out, it is the GPU's own; a CPU has none, so there it must be given."""
+    nvme: NvmeSpec | None = None
+    """None: nothing is offloaded to a disk."""
 
     def __post_init__(self) -> None:
         if not self.memory_bytes and self.gpu.memory_bytes is None:
@@ -241,6 +257,7 @@ class ClusterSpec:
             "gpus_per_node": self.gpus_per_node,
             "gpu": self.gpu.name,
             "memory_bytes": self.memory_bytes,
+            **({} if self.nvme is None else {"nvme": dataclasses.asdict(self.nvme)}),
         }
 
     @classmethod
@@ -250,12 +267,18 @@ class ClusterSpec:
         Raises:
             UnknownHardwareError: the table has no such GPU.
         """
-        return cls(**{**fields, "gpu": find_gpu(fields["gpu"])})
+        nvme = NvmeSpec(**fields["nvme"]) if "nvme" in fields else None
+        return cls(**{**fields, "gpu": find_gpu(fields["gpu"]), "nvme": nvme})
 
     @property
     def total_gpus(self) -> int:
         """GPUs of all nodes together."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def nvme_path(self) -> str | None:
+        """The folder of `nvme`."""
+        return None if self.nvme is None else self.nvme.path
 
     @property
     def device(self) -> Device:

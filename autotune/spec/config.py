@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 Engine = Literal["deepspeed", "pytorch"]
 Precision = Literal["bf16", "fp16", "fp32"]
-Offload = Literal["none", "optimizer", "optimizer+parameters"]
+Offload = Literal["none", "optimizer", "optimizer+parameters", "optimizer_nvme"]
 ActivationCheckpointing = Literal["none", "full", "selective", "selective_ops"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
@@ -83,7 +83,7 @@ class TrialConfig:
     zero_stage: int = 0
     """0..3. On `pytorch`: 0 = DDP, 2 = FSDP2 without reshard after forward, 3 = FSDP2 with it; 1 is refused there."""
     offload: Offload = "none"
-    """What lives in host memory between uses."""
+    """What lives in host memory between uses; with `_nvme`, in files on a disk of the node."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """`full`: every decoder layer is recomputed in the backward pass; `selective`: every n-th; `selective_ops`: every
     one, except for its matrix products and its attention, whose results are kept."""

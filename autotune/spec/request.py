@@ -33,6 +33,8 @@ class TrialRequest:
     """From the start of the processes to the last result; then the whole gang is killed."""
     stall_seconds: float = 120.0
     """Without a sign of progress from any rank for this long, the trial is a hang."""
+    nvme_path: str | None = None
+    """Folder on a fast disk of each node; a rank is given one of its own in it. None: nothing is offloaded there."""
     script: ScriptRun | None = None
     """The user's own training script, which then runs the config in our engines' place."""
 

@@ -24,12 +24,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
+from autotune.errors import UsageError
 from autotune.spec.outcome import FailureKind, Phase, RankFailure
 from autotune.spec.request import DeviceType, TrialRequest
 from autotune.trial import child
 from autotune.trial.build_cache import VARIABLE, open_build_cache
 from autotune.trial.gang import PROCESS_LOCK, GangResult, Rank, end, result, wait_for, watch
 from autotune.trial.leftovers import Owner, kill_strays
+from autotune.trial.swap_folder import lend
 
 __all__ = ["GangResult", "NodePool", "trial_environment"]
 
@@ -139,7 +141,8 @@ class NodePool:
             if self._closed:
                 cancelled.close()
                 cancel.close()
-                return _shut(request)
+                late = f"the pool was shut down before trial {request.trial_id} began"
+                return _unstarted(FailureKind.INTERRUPTED, late)
             if request.trial_id in self._gangs:
                 raise ValueError(f"trial {request.trial_id} is running here already")
             before = [trial_id for trial_id, gang in self._gangs.items() if gang.gpu_ids & set(gpu_ids)]
@@ -206,6 +209,10 @@ class NodePool:
         gang: list[Rank] = []
         failure: RankFailure | None = None
         finished = False
+        try:
+            request, swap = lend(request, name, len(ranks))
+        except UsageError as error:
+            return _unstarted(FailureKind.INVALID_CONFIG, str(error))
         scratch = "" if request.script is None else tempfile.mkdtemp(prefix="autotune-trial-")
         try:
             for local_rank, rank in enumerate(ranks):
@@ -237,6 +244,8 @@ class NodePool:
             wait_for(lambda: not kill_strays(name), STRAYS_SECONDS)
             if request.long_run is not None:  # ranks remove it themselves, unless they were killed
                 shutil.rmtree(self._log_dir / request.trial_id / child.CHECKPOINT, ignore_errors=True)
+            if swap is not None:
+                swap.close()
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
         return result(gang, stuck or failure)
@@ -345,11 +354,6 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _shut(request: TrialRequest) -> GangResult:
-    failure = RankFailure(
-        rank=None,
-        kind=FailureKind.INTERRUPTED,
-        phase=Phase.START,
-        message=f"the pool was shut down before trial {request.trial_id} began",
-    )
+def _unstarted(kind: FailureKind, message: str) -> GangResult:
+    failure = RankFailure(rank=None, kind=kind, phase=Phase.START, message=message)
     return GangResult(ranks=(), failure=failure, phase_seconds={}, log_path=None)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ from autotune.trial.gang import log_end, log_tail, wait_for
 from autotune.trial.host_memory import oom_kills
 from autotune.trial.leftovers import GANG_VARIABLE, kill_strays
 from autotune.trial.pool import ENGINE, trial_environment
+from autotune.trial.swap_folder import sweep
 from autotune.trial.train_watch import Ended, Rank, phase_of, watch
 from autotune.trial.train_worker import MeetingPoint, WorkerTask, log_path, run_worker
 
@@ -163,6 +165,9 @@ class _Gang:
         self._fit.join(FIT_SECONDS)
         nodes = {rank.node_id for rank in joined}
         if wait_for(lambda: not any(_on_node(node, kill_strays, self._name) for node in nodes), GONE_SECONDS):
+            if self._request.config.offload == "optimizer_nvme" and self._request.nvme_path is not None:
+                for node in nodes:
+                    _on_node(node, sweep, Path(self._request.nvme_path))
             return None
         message = f"a rank survived SIGKILL for {GONE_SECONDS:.0f} s; the device needs a reset"
         return RankFailure(rank=None, kind=FailureKind.NODE_LOST, phase=phase_of(self.ranks), message=message)

@@ -33,6 +33,7 @@ from autotune.trial.failure import classify, is_collateral
 from autotune.trial.host_memory import oom_kills
 from autotune.trial.leftovers import GANG_VARIABLE
 from autotune.trial.pool import PORTS
+from autotune.trial.swap_folder import lend
 from autotune.trial.train_watch import SURVIVOR_SECONDS, Joined
 
 BEAT_SECONDS = 0.2
@@ -107,10 +108,13 @@ def run_worker(config: dict[str, WorkerTask]) -> None:
             from autotune.trial.worker import leave_group, run_rank
 
             reporter.enter_phase(Phase.START)
-            measured = run_rank(seat, task.request, task.engine, reporter)
+            request, swap = lend(task.request, seat.gang, seat.local_world_size)
+            measured = run_rank(seat, request, task.engine, reporter)
             pulse.stop()
             send(measured)
             leave_group()
+            if swap is not None:  # else the driver removes it
+                swap.close()
         except BaseException as error:
             with contextlib.suppress(Exception):  # a full disk must not keep the verdict back
                 traceback.print_exc()

@@ -1,6 +1,7 @@
 """The JSON is accepted by the real DeepSpeed, and what DeepSpeed would ignore is refused."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,21 @@ def test_every_number_is_explicit() -> None:
 def test_parameters_are_offloaded_in_stage_3_only() -> None:
     with pytest.raises(UsageError, match="needs zero_stage 3, not 2"):
         to_deepspeed(config(zero_stage=2, offload="optimizer+parameters"), Workload(global_batch_size=64))
+
+
+def test_states_on_a_disk_name_the_folder_that_was_given() -> None:
+    states = config(zero_stage=3, offload="optimizer_nvme")
+    document = to_deepspeed(states, Workload(global_batch_size=64), "/local_nvme")
+    check_deepspeed(document)
+    assert document["zero_optimization"]["offload_optimizer"] == {
+        "device": "nvme",
+        "nvme_path": "/local_nvme",
+        "pin_memory": True,
+    }
+    with pytest.raises(UsageError, match=r"state nvme\.path"):
+        to_deepspeed(states, Workload(global_batch_size=64))
+    with pytest.raises(UsageError, match="needs zero_stage 3, not 2"):
+        to_deepspeed(replace(states, zero_stage=2), Workload(global_batch_size=64), "/local_nvme")
 
 
 def test_tensor_parallel_ranks_are_auto_tp() -> None:

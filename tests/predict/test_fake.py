@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import transformers.masking_utils
 from torch.nn.parallel import DistributedDataParallel
 
 from autotune.errors import UsageError
+from autotune.formats.deepspeed_json import async_io_error
 from autotune.modeling.memory_tracker import MemoryTracker
 from autotune.predict.fake import fake_trial
 from autotune.spec.config import ActivationCheckpointing, Engine, Offload, Precision, Scalar, TrialConfig
@@ -36,6 +38,9 @@ TINY = ModelSpec(
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,
     },
+)
+WIDE = ModelSpec(  # whose partitions are large enough to be swapped to a disk, and whose gradients lie on blocks of it
+    name="wide", config=TINY.config | {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 256}
 )
 TIED = ModelSpec(name="tied", config=TINY.config | {"tie_word_embeddings": True})
 SMALL_BUCKETS = tuple(
@@ -97,7 +102,12 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodePool]:
 
 def measured_peaks(pool: NodePool, request: TrialRequest) -> list[int]:
     result = pool.run(
-        request, ranks=range(2), world_size=2, master_address="127.0.0.1", master_port=pool.free_port(), owner_pid=None
+        request,
+        ranks=range(2),
+        world_size=2,
+        master_address="127.0.0.1",
+        master_port=pool.free_port(),
+        owner_pid=None,
     )
     assert result.failure is None
     return [rank.peak_memory_allocated_bytes for rank in result.ranks]
@@ -151,6 +161,27 @@ def traced_peak(request: TrialRequest, rank: int = 0) -> int:
 )
 def test_peaks_are_those_of_the_real_step(pool: NodePool, request_: TrialRequest) -> None:
     assert [traced_peak(request_, rank) for rank in range(2)] == measured_peaks(pool, request_)
+
+
+@pytest.mark.slow
+def test_a_disk_that_only_pretends_needs_the_memory_of_a_real_one(tmp_path: Path) -> None:
+    """With a pool of its own, which keeps what it builds for the next run: DeepSpeed's op takes minutes."""
+    if reason := async_io_error():
+        pytest.skip(reason)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    swapping = NodePool(device="cpu", log_dir=str(tmp_path / "logs"))
+    try:
+        for request in (
+            a_request("deepspeed", 3, "bf16", offload="optimizer_nvme", model=WIDE),
+            a_request("deepspeed", 3, "fp32", "full", accumulation=1, offload="optimizer_nvme", model=WIDE),
+            a_request("deepspeed", 3, "bf16", offload="optimizer_nvme", model=WIDE, sub_group_size=300_000),
+        ):
+            real = replace(request, nvme_path=str(disk), timeout_seconds=1200)
+            assert [traced_peak(request, rank) for rank in range(2)] == measured_peaks(swapping, real)
+            assert list(disk.iterdir()) == []
+    finally:
+        swapping.shutdown()
 
 
 @pytest.mark.parametrize(("engine", "zero_stage"), [("pytorch", 3), ("deepspeed", 2)])

@@ -18,7 +18,7 @@ from autotune.predict.shape import DecoderShape, read_shape
 from autotune.predict.step import StepTimes, TimePrediction
 from autotune.predict.throughput import predict_trials
 from autotune.predict.trials import Trials
-from autotune.spec.cluster import GPUS, ClusterSpec, find_gpu
+from autotune.spec.cluster import GPUS, ClusterSpec, NvmeSpec, find_gpu
 from autotune.spec.config import Loss, PipelineSchedule, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
@@ -213,6 +213,17 @@ class TestTrials:
             replace(plain, precision="fp32"),
         ):
             assert trial(dearer).step_time_seconds > now, dearer
+
+    def test_a_disk_adds_what_it_reads_and_writes(self) -> None:
+        config = replace(TRIAL, engine="deepspeed", zero_stage=3, offload="optimizer_nvme")
+        seconds = {
+            speed: trial(config, replace(NODE, nvme=NvmeSpec(path="/nvme", bandwidth_bytes_per_second=speed)))
+            for speed in (1e9, 1e10)
+        }
+        memory = trial(replace(config, offload="optimizer")).step_time_seconds
+        of_the_node = 32 * SHAPE.num_parameters * min(config.gpus, NODE.gpus_per_node) / config.gpus
+        for speed, found in seconds.items():
+            assert found.step_time_seconds - memory == pytest.approx(of_the_node / speed)
 
     def test_selective_checkpointing_recomputes_its_layers(self) -> None:
         full = trial(replace(TRIAL, activation_checkpointing="full")).breakdown

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -40,8 +41,11 @@ class FaultyEngine:
         fault, phase, rank = match.groups() if match else ("", "", "")
         self._fault = fault if rank in ("all", str(dist.get_rank())) else ""
         self._impatient = fault == "desert"
+        self._swaps_in = request.nvme_path
         self._phase = phase
         self._micro_steps = 0
+        if fault == "swap":  # whatever runs: no test of the disk has to build DeepSpeed's op for it
+            request = replace(request, config=replace(request.config, offload="none"))
         self._engine = engine.build_engine(request, device)
         self._may_fail(Phase.BUILD)
 
@@ -96,6 +100,9 @@ class FaultyEngine:
                 raise torch.OutOfMemoryError(OUT_OF_MEMORY)
             case "kernel-kill":
                 (_scratch() / "memory.events").write_text("oom_kill 1\n")
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "swap":  # killed with files on the disk, as what swaps there has them
+                (Path(self._swaps_in or "") / f"rank{dist.get_rank()}.swp").write_bytes(b"states")
                 os.kill(os.getpid(), signal.SIGKILL)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)

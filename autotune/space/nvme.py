@@ -1,0 +1,63 @@
+"""The rules of `offload: optimizer_nvme`: where DeepSpeed swaps to a disk, and whether one can hold it all."""
+
+from autotune.formats.deepspeed_json import async_io_error
+from autotune.space.attention import DRIVER
+from autotune.space.rule import Rule, reads
+from autotune.spec.cluster import ClusterSpec
+from autotune.spec.config import SECOND_PARTITION, ZERO_QUANTIZED, TrialConfig
+from autotune.spec.model import ModelSpec
+from autotune.spec.nvme import stored_bytes
+from autotune.spec.workload import Workload
+from autotune.units import format_bytes
+
+
+@reads("offload", "zero_stage")
+def _stage(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.offload != "optimizer_nvme" or config.zero_stage == 3:
+        return None
+    return (
+        f"offload optimizer_nvme needs zero_stage 3: under {config.zero_stage} DeepSpeed keeps the states in main"
+        " memory and says nothing"
+    )
+
+
+@reads("offload", "method", "tensor_parallel_size", *ZERO_QUANTIZED, f"deepspeed.{SECOND_PARTITION}")
+def _tried(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.offload != "optimizer_nvme":
+        return None
+    if config.method != "full":
+        return f"offload optimizer_nvme is for all weights: what method {config.method} trains is small; use optimizer"
+    plain = {"tensor_parallel_size": 1, **dict.fromkeys(ZERO_QUANTIZED, False)}
+    values = {field: getattr(config, field) for field in plain} | {
+        SECOND_PARTITION: dict(config.deepspeed).get(SECOND_PARTITION, 1)
+    }
+    for field, value in values.items():
+        if value != plain.get(field, 1):
+            return f"offload optimizer_nvme has not been tried with {field} {value}; use {plain.get(field, 1)}"
+    return None
+
+
+@reads("offload", "gpus")
+def _disk(config: TrialConfig, _work: Workload, model: ModelSpec, cluster: ClusterSpec) -> str | None:
+    if config.offload != "optimizer_nvme":
+        return None
+    if cluster.nvme is None:
+        return "offload optimizer_nvme needs a folder on each node's fast disk: state nvme: {path: /local_nvme}"
+    needed, free = stored_bytes(config, model, cluster.gpus_per_node), cluster.nvme.free_bytes
+    if free is not None and needed > free:
+        return (
+            f"offload optimizer_nvme on {config.gpus} GPUs writes {format_bytes(needed)} to the disk of a node, which"
+            f" has {format_bytes(free)} free"
+        )
+    return None
+
+
+@reads("offload")
+def _async_io(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
+    if config.offload != "optimizer_nvme" or not (cluster.device == "cpu" or DRIVER.exists()):
+        return None  # this machine says nothing about the cluster that the file describes
+    reason = async_io_error()
+    return None if reason is None else f"offload optimizer_nvme cannot run: {reason}"
+
+
+NVME_RULES: tuple[Rule, ...] = (_stage, _tried, _disk, _async_io)

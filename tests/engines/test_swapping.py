@@ -1,0 +1,151 @@
+"""Optimizer states on a disk: trained like a plain loop, or refused where DeepSpeed would train on wrong gradients.
+
+What runs DeepSpeed's op `async_io` builds it first, for minutes, unless an earlier run has.
+"""
+
+import ctypes
+import errno
+import os
+import resource
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autotune.engines import swapping
+from autotune.engines.engine import build_engine
+from autotune.engines.swapping import reads_to_any_address, require_aligned_gradients, require_locked_memory
+from autotune.errors import UsageError
+from autotune.formats.deepspeed_json import async_io_error
+from autotune.spec.model import ModelSpec
+from autotune.spec.nvme import STORED_BYTES
+from autotune.spec.request import TrialRequest
+from tests.engines.parity import SMALL_BUCKETS, Ranks, assert_equal, plain_training, request, tiny, train
+
+BUILD_SECONDS = 1200
+
+
+def model(head_dim: int) -> ModelSpec:
+    """Partitions of 1 MiB and more, which are swapped. With 16, norms of heads are no multiple of a disk's block."""
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "head_dim": head_dim}
+    return ModelSpec(name="wide-qwen3", config=tiny().config | wide)
+
+
+def swapping_trial(folder: Path, head_dim: int, **fields: Any) -> TrialRequest:
+    trial = request("deepspeed", 3, model=model(head_dim), offload="optimizer_nvme", **fields)
+    return replace(trial, nvme_path=str(folder))
+
+
+def written(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*.swp"))
+
+
+@pytest.fixture
+def async_io() -> None:
+    if reason := async_io_error():
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["/dev/shm", None], ids=["memory", "disk"])
+def folder(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """On a file system that reads to any address, where Linux has one that does, and where temporary files go."""
+    with tempfile.TemporaryDirectory(prefix="autotune-test-", dir=request.param) as made:
+        yield Path(made)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("async_io")
+class TestTraining:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"activation_checkpointing": "full", "micro_batch_size": 1},
+            {"deepspeed": dict(SMALL_BUCKETS) | {"zero_optimization.sub_group_size": 600_000}},
+        ],
+        ids=["plain", "checkpointing", "sub-groups"],
+    )
+    def test_equals_a_plain_loop(self, ranks: Ranks, folder: Path, fields: dict[str, Any]) -> None:
+        trial = swapping_trial(folder, 256, **fields)
+        for trace in ranks.run(train, trial, build_engine, seconds=BUILD_SECONDS):
+            assert_equal(trace, plain_training(trial.model))
+        assert 12 < written(folder) / trial.model.num_parameters <= STORED_BYTES
+
+    def test_in_bf16(self, ranks: Ranks, folder: Path) -> None:
+        trial = swapping_trial(folder, 256, precision="bf16")
+        for trace in ranks.run(train, trial, build_engine, seconds=BUILD_SECONDS):
+            assert_equal(trace, plain_training(trial.model), loss_rtol=1e-3, norm_rtol=2e-2)
+
+    def test_gradients_between_blocks_are_right_or_refused(self, ranks: Ranks, folder: Path) -> None:
+        """Where the disk refuses the address, DeepSpeed goes on with a norm that is 5 % off in the second step."""
+        trial = swapping_trial(folder, 16)
+        if reads_to_any_address(folder):
+            for trace in ranks.run(train, trial, build_engine, seconds=BUILD_SECONDS):
+                assert_equal(trace, plain_training(trial.model))
+        else:
+            with pytest.raises(AssertionError, match="memory aligned to 512 bytes"):
+                ranks.run(train, trial, build_engine, seconds=BUILD_SECONDS)
+
+
+@pytest.mark.parametrize("alignment", [4, 512])
+def test_a_disk_is_asked_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alignment: int) -> None:
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if ctypes.addressof(ctypes.c_char.from_buffer(buffers[0])) % alignment:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "O_DIRECT", 0)  # not every file system knows it
+    monkeypatch.setattr(os, "pwritev", lambda descriptor, buffers, offset: len(buffers[0]))
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert reads_to_any_address(tmp_path) == (alignment == 4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_direct_reads_takes_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    assert not reads_to_any_address(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fits"),
+    [
+        ([300_000, 128, 300_032], False),  # the last begins within a block
+        ([300_032, 128, 300_032], True),
+        ([128, 300_032, 16, 16], True),  # what is not swapped may lie anywhere
+        ([16, 300_032], False),
+    ],
+)
+def test_only_swapped_gradients_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], fits: bool
+) -> None:
+    monkeypatch.setattr(swapping, "reads_to_any_address", lambda folder: False)
+    positions = {at: [0, sum(sizes[:at]), size] for at, size in enumerate(sizes)}
+    swapper = SimpleNamespace(is_swappable_tensor=lambda numel: 4 * numel >= 1024**2)
+    optimizer = SimpleNamespace(grad_position=positions, optimizer_swapper=swapper)
+    if fits:
+        require_aligned_gradients(optimizer, tmp_path)
+    else:
+        with pytest.raises(UsageError, match="another number of GPUs"):
+            require_aligned_gradients(optimizer, tmp_path)
+    monkeypatch.setattr(swapping, "reads_to_any_address", lambda folder: True)
+    require_aligned_gradients(optimizer, tmp_path)
+
+
+def test_more_memory_than_may_be_locked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swapping, "_may_lock_all", lambda: False)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (8 * 1024**2, 8 * 1024**2))
+    require_locked_memory(8 * 1024**2)
+    with pytest.raises(UsageError, match=r"locks 16\.0 MiB of memory a rank, and the limit is 8\.0 MiB"):
+        require_locked_memory(16 * 1024**2)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    require_locked_memory(16 * 1024**2)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (0, 0))
+    monkeypatch.setattr(swapping, "_may_lock_all", lambda: True)
+    require_locked_memory(16 * 1024**2)
