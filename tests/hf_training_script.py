@@ -56,12 +56,17 @@ class Watch:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.rows: list[int] = []
+        self.tokens: set[int] = set()
         self.dtypes: set[str] = set()
         self.passes: Counter[int] = Counter()
-        model.register_forward_pre_hook(lambda _m, _a, kw: self.rows.append(len(kw["input_ids"])), with_kwargs=True)
+        model.register_forward_pre_hook(lambda _m, _a, kw: self._saw(kw["input_ids"]), with_kwargs=True)
         for index, layer in enumerate(checkpointed_layers(model)):
             layer.self_attn.register_forward_pre_hook(lambda *_, index=index: self.passes.update([index]))
             layer.mlp.down_proj.register_forward_hook(lambda _m, _a, output: self.dtypes.add(str(output.dtype)))
+
+    def _saw(self, input_ids: torch.Tensor) -> None:
+        self.rows.append(len(input_ids))
+        self.tokens.add(input_ids.shape[1])
 
 
 def sharding(trainer: Trainer) -> dict[str, Any]:
@@ -123,8 +128,11 @@ def main() -> None:
                 parameter.data = parameter.data.float()
     vocabulary = model.config.vocab_size
     rows = [torch.from_numpy(sequence(1, 0, index, SEQUENCE_LENGTH, vocabulary)) for index in range(256)]
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    if "PARALLELISM_CONFIG_SP_SIZE" in os.environ:  # as the folder's README says
+        examples = [{**example, "position_ids": torch.arange(SEQUENCE_LENGTH)} for example in examples]
     watch = Watch(model)
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    trainer = Trainer(model, arguments, train_dataset=examples)
     result = trainer.train()
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, watch.rows)
@@ -133,6 +141,7 @@ def main() -> None:
             "steps": trainer.state.global_step,
             "loss": result.training_loss,
             "rows": gathered,
+            "tokens_of_a_row": sorted(watch.tokens),
             "passes": [watch.passes[index] for index in sorted(watch.passes)],
             "dtypes": sorted(watch.dtypes),
             "sharding": sharding(trainer),

@@ -5,6 +5,7 @@ What it did is observed in the run (tests/hf_training_script.py), not read back 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +44,16 @@ def export(tmp_path: Path, cluster: dict[str, Any], search: dict[str, Any], meth
     return folder.rename(tmp_path / "moved")  # the folder is no place
 
 
-def run(folder: Path, *command: object) -> dict[str, Any]:
-    """Run a command from elsewhere than the folder; what rank 0 of the script reports."""
+def run(folder: Path, *command: object, adds_arguments: bool = False) -> dict[str, Any]:
+    """Run a command from elsewhere than the folder; what rank 0 of the script reports.
+
+    Args:
+        folder: with the exported files.
+        command: that the script and its arguments are to follow.
+        adds_arguments: whether the command itself says where training_args.yaml is.
+    """
     report = folder / "report.json"
+    given = [] if adds_arguments else [folder / "mine.yaml"]
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
@@ -53,7 +61,7 @@ def run(folder: Path, *command: object) -> dict[str, Any]:
         "PYTHONPATH": str(SCRIPT.parents[1]),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    arguments = [str(part) for part in (*command, SCRIPT, folder / "mine.yaml", report)]
+    arguments = [str(part) for part in (*command, SCRIPT, *given, report)]
     ran = subprocess.run(arguments, env=environment, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-6000:]
     found: dict[str, Any] = json.loads(report.read_text())
@@ -86,6 +94,18 @@ def test_a_deepspeed_winner(tmp_path: Path) -> None:
         "reduce_bucket_size": 100_000,
         "optimizer": {"lr": 2e-5, "weight_decay": 0.0},
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["trainer", "accelerate"])
+def test_a_winner_whose_ranks_share_sequences(tmp_path: Path, mode: str) -> None:
+    search = {"engine": "deepspeed", "zero_stage": 3, "micro_batch_size": 2, "sequence_parallel_size": 2}
+    folder = export(tmp_path, ON_CPU, {**search, "deepspeed": BUCKETS, "activation_checkpointing": "full"})
+    shutil.copy(folder / "mine.yaml", folder / "training_args.yaml")
+    report = run(folder, folder / "launch.sh", mode, adds_arguments=mode == "trainer")
+    assert_trained(report, micro_batch_size=2, accumulation=4, every=1)
+    assert report["tokens_of_a_row"] == [32]
+    assert report["sharding"]["global_batch_size"] == 8
 
 
 FSDP2 = {

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from autotune.engines.optimizers import build_optimizer
+from autotune.engines.sequences import SharedSequences
 from autotune.engines.swapping import require_aligned_gradients, require_locked_memory
 from autotune.formats.deepspeed_json import set_dotted, to_deepspeed
 from autotune.modeling.build import (
@@ -63,6 +64,7 @@ class DeepSpeedEngine:
             materialize(model, device, COMPUTE_DTYPES[config.precision], workload.seed)
         apply_liger_kernel(model, config)
         apply_activation_checkpointing(model, config)
+        self._sequences = SharedSequences(model, config, device) if config.sequence_parallel_size > 1 else None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._engine: Any = deepspeed.initialize(
             model=model,
@@ -70,6 +72,7 @@ class DeepSpeedEngine:
             optimizer=None if "optimizer" in document else build_optimizer(trained, config, workload),
             model_parameters=trained,
             config=document,
+            mpu=None if self._sequences is None else self._sequences.groups,
             dist_init_required=False,
         )[0]
         self._offload = config.offload
@@ -83,6 +86,8 @@ class DeepSpeedEngine:
     def forward(self, input_ids: torch.Tensor, *, boundary: bool, **more: torch.Tensor) -> torch.Tensor:
         """See `Engine.forward`."""
         self._engine.set_gradient_accumulation_boundary(boundary)
+        if self._sequences is not None:  # of one length, with nothing among `more`
+            return self._sequences.loss(self._engine, input_ids)
         loss: torch.Tensor = self._engine(**self._inputs(input_ids, more)).loss
         return loss
 
@@ -109,7 +114,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, input_ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        """See `Engine.evaluate`."""
+        """See `Engine.evaluate`. As under the Trainer, each rank has whole sequences even where they were shared."""
         self._engine.eval()
         loss: torch.Tensor = self._engine(**self._inputs(input_ids, more)).loss
         self._engine.train()

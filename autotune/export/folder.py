@@ -9,7 +9,7 @@ from autotune.errors import NothingFeasibleError, UsageError
 from autotune.export.documents import best_document, figures, provenance
 from autotune.export.files import FORMATS, Format, nodes_of
 from autotune.export.text import TEMPLATES, as_json, as_yaml
-from autotune.formats.accelerate_yaml import DEEPSPEED_FILE
+from autotune.formats.accelerate_yaml import DEEPSPEED_FILE, parallelism_environment
 from autotune.formats.targets import left_to_script
 from autotune.formats.training_args import to_training_args
 from autotune.results import Best
@@ -164,8 +164,11 @@ def _mode(form: Format, source: Best, space: Space) -> dict[str, Any]:
     nodes = nodes_of(source.config, space)
     ranks_per_node = source.config.gpus // nodes
     torchrun = f"torchrun {'--standalone' if nodes == 1 else f'--nnodes {nodes} …'} --nproc-per-node {ranks_per_node}"
+    # accelerate's launcher makes it of its file; of what TrainingArguments cannot say torchrun knows nothing.
+    environment = parallelism_environment(source.config) if form.launch == "trainer" else {}
+    variables = "".join(f"{name}={value} " for name, value in environment.items())
     by_hand = {
-        "trainer": f"{torchrun} train.py {form.file}",
+        "trainer": f"{variables}{torchrun} train.py {form.file}",
         "accelerate": f"accelerate launch --config_file {form.file}{' …' if nodes > 1 else ''} train.py",
         "deepspeed": f"{torchrun} train.py --deepspeed --deepspeed_config {form.file}",
     }
@@ -176,6 +179,7 @@ def _mode(form: Format, source: Best, space: Space) -> dict[str, Any]:
         "trial": source.trial,
         "describe": source.config.describe(),
         "engine": source.config.engine,
+        "environment": environment,
         "nodes": nodes,
         "ranks_per_node": ranks_per_node,
     }

@@ -47,11 +47,8 @@ def to_accelerate(config: TrialConfig, nodes: int, device: Device) -> dict[str, 
             "fsdp_cpu_ram_efficient_loading": True,
             **({"fsdp_offload_params": True} if config.offload != "none" else {}),
         }
-    if config.data_parallel_replicate_size > 1:
-        document["parallelism_config"] = {
-            "parallelism_config_dp_replicate_size": config.data_parallel_replicate_size,
-            "parallelism_config_dp_shard_size": config.shards,
-        }
+    if parallelism := _parallelism(config):
+        document["parallelism_config"] = parallelism
     if config.torch_compile:
         document["dynamo_config"] = {
             "dynamo_backend": "INDUCTOR",
@@ -63,6 +60,32 @@ def to_accelerate(config: TrialConfig, nodes: int, device: Device) -> dict[str, 
     if device == "cpu":
         document["use_cpu"] = True
     return document
+
+
+def parallelism_environment(config: TrialConfig) -> dict[str, str]:
+    """What `accelerate launch` makes of the file's `parallelism_config`, for ranks that something else starts.
+
+    Empty where the config needs none.
+    """
+    found = {key.upper(): str(value) for key, value in _parallelism(config).items()}
+    return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **found} if found else {}
+
+
+def _parallelism(config: TrialConfig) -> dict[str, Any]:
+    """How ranks are divided, beyond what the kind of distribution says."""
+    if config.data_parallel_replicate_size > 1:
+        return {
+            "parallelism_config_dp_replicate_size": config.data_parallel_replicate_size,
+            "parallelism_config_dp_shard_size": config.shards,
+        }
+    if config.sequence_parallel_size > 1:
+        return {
+            "parallelism_config_dp_shard_size": config.data_parallel_size,
+            "parallelism_config_sp_size": config.sequence_parallel_size,
+            "parallelism_config_sp_backend": "deepspeed",
+            "parallelism_config_sp_attn_implementation": config.attention,
+        }
+    return {}
 
 
 def check_accelerate(document: dict[str, Any]) -> None:

@@ -54,6 +54,7 @@ TRAINING_KEYS = (
     "optimizer.params.eps",
     "data_types.grad_accum_dtype",
     "communication_data_type",
+    "seq_parallel_communication_data_type",
 )
 """Keys that change the numbers of training, which a search for speed must not do unasked."""
 

@@ -10,6 +10,7 @@ arguments for it.
 
 from typing import Literal, get_args
 
+from autotune.formats.accelerate_yaml import parallelism_environment
 from autotune.formats.bitsandbytes_json import TORCH_DTYPES, to_quantization_config
 from autotune.formats.peft_json import to_adapter_config
 from autotune.formats.training_args import checkpointing_argument
@@ -50,7 +51,8 @@ def cannot_express(target: Target, config: TrialConfig, device: Device) -> str |
         return None if config.engine == "pytorch" else "train.py runs engine pytorch alone"
     if target == "deepspeed":
         return None if config.engine == "deepspeed" else f"DeepSpeed does not run engine {config.engine}"
-    if config.has_own_layout:
+    # Sequences alone DeepSpeed shares as accelerate and the Trainer have it do.
+    if config.has_own_layout and (config.engine == "pytorch" or config.sequence_parallel_size == 1):
         return f"{_NAMES[target]} does not run {config.own_layout} as trials do"
     if target == "hf_trainer":
         if config.activation_checkpointing == "selective_ops":
@@ -114,6 +116,8 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
     if config.use_liger_kernel and target != "hf_trainer":
         load += ", by `liger_kernel.transformers.AutoLigerKernelForCausalLM`"
     todo = [_sequences(config), load]
+    if config.sequence_parallel_size > 1:
+        todo.append(_shared_sequences(target, config))
     if config.method != "full":
         todo += _adapters(config)
     if target == "hf_trainer":
@@ -145,6 +149,23 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
     elif config.optimizer == "adamw_8bit":
         todo.append(f"hands {_ADAM_8_BIT} to `deepspeed.initialize` as its `optimizer`")
     return todo
+
+
+def _shared_sequences(target: Target, config: TrialConfig) -> str:
+    """What a script does so that neighbours in rank share sequences by DeepSpeed's Ulysses."""
+    positions = f"has `position_ids` from 0 to {config.sequence_length - 1} beside the `labels` of each batch"
+    if target == "hf_trainer":
+        variables = " ".join(f"{name}={value}" for name, value in parallelism_environment(config).items())
+        return f"{positions}, and the environment that `launch.sh` gives it: `{variables}`"
+    loss = "computes its loss as the Trainer does, by transformers' `deepspeed_sp_compute_loss`"
+    if target == "accelerate":
+        return f"{positions}, prepares model and loader in one call, and {loss}"
+    return (
+        f"{positions}, hands what `UlyssesSPAttentionHF.register_with_transformers(model,"
+        f' core_attn_implementation="{config.attention}", sequence_parallel_size={config.sequence_parallel_size},'
+        f" micro_batch_size={config.micro_batch_size})` returns to `deepspeed.initialize` as its `mpu`, puts"
+        f" `UlyssesSPDataLoaderAdapter` around its loader, and {loss}"
+    )
 
 
 def _sequences(config: TrialConfig) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 import transformers.integrations.deepspeed
 import transformers.integrations.liger
 import transformers.masking_utils
@@ -30,6 +31,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import autotune.modeling.build
 from autotune.engines.engine import Engine, build_engine
@@ -174,6 +176,9 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         # The shares of a vocabulary are compared over ranks.
         tensor = request.config.tensor_parallel_size
         yield cross_entropy, "_validate_vocab_shard_bounds", lambda size, *args: size * tensor
+        # Where sequences are shared, DeepSpeed puts its attention in the place of another, and the engine a collective.
+        yield ALL_ATTENTION_FUNCTIONS, "_local_mapping", dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+        yield torch.distributed.nn.functional, "all_gather", torch.distributed.nn.functional.all_gather
         # It asks `numactl`, for each bucket that ZeRO-3 reduces.
         yield type(get_accelerator()), "device_count", lambda self: request.config.gpus
         if request.config.offload == "optimizer_nvme":

@@ -166,7 +166,8 @@ class _Sharded:
             for backward in (False, True)
         )
         exchanged = self._layer_collectives(tokens)
-        self._forward[TimePart.TENSOR_PARALLEL] = self._backward[TimePart.TENSOR_PARALLEL] = exchanged
+        self._forward[TimePart.TENSOR_PARALLEL] = exchanged + self._positions(tokens)
+        self._backward[TimePart.TENSOR_PARALLEL] = exchanged
         self._layers = len(shape.layers) / trials.stages
         # Of a rank; the first and the last stage have an embedding or a head as well.
         heads = np.where(trials.stages > 1, 1, 2 - shape.tie_word_embeddings)
@@ -216,13 +217,21 @@ class _Sharded:
         """Seconds of one pass of a layer that is split over ranks; what computation hides of it is left out."""
         trials, net, shape = self._trials, self._net, self._shape
         self._tensor_group = group(trials.tensor, np.ones_like(trials.tensor), self._node)
-        shared = group(trials.sequence, trials.tensor, self._node)
-        widths = (shape.query_width, shape.key_value_width, shape.key_value_width, shape.query_width)
+        shared = self._sequence_group = group(trials.sequence, trials.tensor, self._node)
+        key_heads = np.maximum(shape.num_key_value_heads // trials.tensor, 1)
+        copies = trials.sequence // np.gcd(key_heads, trials.sequence)  # to all the ranks whose queries need them
+        keys = shape.key_value_width * copies
+        widths = (shape.query_width, keys, keys, shape.query_width)
         # Each rank sends all of its share but its own part of it, as in an all-gather of as many bytes.
         exchanged = sum(net.all_gather(shared, self._value * tokens * width / trials.tensor) for width in widths)
         if self._deepspeed:
-            return 2 * net.all_reduce(self._tensor_group, self._row_bytes)
+            return np.asarray(2 * net.all_reduce(self._tensor_group, self._row_bytes) + exchanged)
         return np.asarray(4 * net.all_gather(self._tensor_group, self._row_bytes) + exchanged)
+
+    def _positions(self, tokens: Values) -> Values:
+        """Seconds in which a layer of DeepSpeed's Ulysses gathers the positions of all tokens, 8 bytes each."""
+        gathered = self._net.all_gather(self._sequence_group, 8 * tokens * self._trials.sequence)
+        return gathered if self._deepspeed else np.zeros_like(gathered)
 
     def _ends(self) -> Values:
         """Seconds of a micro-batch in which embedding and head communicate over tensor parallel ranks."""
@@ -267,10 +276,12 @@ class _Sharded:
         """Gradients summed over the ranks, beside layers of `backward_layer` seconds.
 
         DDP: fp32, in buckets, during the last backward pass. FSDP2: scattered layer by layer in the last one.
-        DeepSpeed: stage 0 and 1 after the last one, 2 and 3 in each; hidden only with `overlap_comm`.
+        DeepSpeed: stage 0 and 1 after the last one, 2 and 3 in each; hidden only with `overlap_comm`. In fp32 where
+        ranks share sequences (its `seq_parallel_communication_data_type`).
         """
         trials, net = self._trials, self._net
-        size = self._value * self._trained + np.zeros(len(trials.gpus))
+        value = np.where((trials.sequence > 1) & self._deepspeed, 4, self._value)
+        size = value * self._trained + np.zeros(len(trials.gpus))
         window = self._layers * backward_layer
         scatter = net.all_gather(self._ranks, size / self._layers)
         across = group(trials.groups, trials.tensor * self._shards, self._node)

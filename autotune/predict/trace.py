@@ -256,7 +256,7 @@ def _all_at_once(model: ModelSpec, config: TrialConfig) -> tuple[TrialConfig, fl
     keys = dict(config.deepspeed)
     size = float(keys.get(_SUB_GROUP_SIZE, SUB_GROUP_SIZE))
     uncut = replace(config, deepspeed=tuple((keys | {_SUB_GROUP_SIZE: UNCUT}).items()))
-    return uncut, min(1.0, size * config.data_parallel_size / _trained(model, config))
+    return uncut, min(1.0, size * config.shards / _trained(model, config))
 
 
 def record_trace(

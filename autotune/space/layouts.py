@@ -4,7 +4,7 @@ import math
 
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
-from autotune.spec.config import SECOND_PARTITION, STAGES_PER_RANK, TrialConfig
+from autotune.spec.config import REDUCE_SCATTER, SECOND_PARTITION, STAGES_PER_RANK, ZERO_QUANTIZED, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
@@ -16,8 +16,8 @@ SPLIT_MODEL_TYPES = ("qwen2", "qwen3", "llama")
 def _engine(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.engine == "pytorch" or not config.has_own_layout:
         return None
-    if config.model_parallel_size == config.tensor_parallel_size and config.loss == "full_logits":
-        return None  # AutoTP
+    if config.pipeline_parallel_size == 1 and config.loss == "full_logits":
+        return None  # AutoTP, Ulysses
     return f"{config.own_layout} is run by engine pytorch alone"
 
 
@@ -46,6 +46,47 @@ def _auto_tensor(config: TrialConfig, _work: Workload, _model: ModelSpec, _clust
         return f"{what} has not been tried with optimizer {config.optimizer}; use adamw"
     if int(dict(config.deepspeed).get(SECOND_PARTITION, 1)) > 1:
         return f"{what} does not go with {SECOND_PARTITION}, which takes neighbours in rank for copies of one another"
+    return None
+
+
+@reads(
+    "engine",
+    "sequence_parallel_size",
+    "tensor_parallel_size",
+    "zero_stage",
+    "precision",
+    *ZERO_QUANTIZED,
+    f"deepspeed.{SECOND_PARTITION}",
+    f"deepspeed.{REDUCE_SCATTER}",
+)
+def _shared_sequences(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    """What DeepSpeed's Ulysses trains wrong, or fails at (0.19.8, by `tests/engines/test_layouts.py`).
+
+    The loss of transformers' Trainer, and of accelerate's and DeepSpeed's guides, gathers that of each piece so that
+    the ranks' gradients sum up to as many times those of the mean as there are ranks. The reduce-scatter of ZeRO-3
+    divides by all ranks, which is right then; everything else divides by the data-parallel ones.
+    """
+    size = config.sequence_parallel_size
+    if config.engine != "deepspeed" or size == 1:
+        return None
+    what, keys = f"sequence_parallel_size {size} on engine deepspeed", dict(config.deepspeed)
+    if config.zero_stage != 3:
+        return f"{what} computes gradients {size} times too large with zero_stage {config.zero_stage}; use 3"
+    if not keys.get(REDUCE_SCATTER, True):
+        return f"{what} computes gradients {size} times too large without {REDUCE_SCATTER}"
+    if config.tensor_parallel_size > 1:
+        return (
+            f"{what} does not go with tensor_parallel_size {config.tensor_parallel_size}:"
+            " DeepSpeed takes the same neighbours in rank for both"
+        )
+    heads, key_heads = model.num_attention_heads, model.num_key_value_heads
+    if heads % size or (key_heads % size and size % key_heads):
+        return f"{what} neither divides the {key_heads} key heads of {model.name} nor is a multiple of them"
+    for field, value in {"precision": "fp16", **dict.fromkeys(ZERO_QUANTIZED, True)}.items():
+        if getattr(config, field) == value:
+            return f"{what} has not been tried with {field} {value}"
+    if int(keys.get(SECOND_PARTITION, 1)) > 1:
+        return f"{what} has not been tried with {SECOND_PARTITION}"
     return None
 
 
@@ -196,6 +237,7 @@ def _loss_scale(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluste
 LAYOUT_RULES: tuple[Rule, ...] = (
     _engine,
     _auto_tensor,
+    _shared_sequences,
     _family,
     _tensor,
     _sequence,

@@ -38,6 +38,9 @@ FLASH_ATTENTION: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_
 SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
 """DeepSpeed's key of ZeRO++'s hpZ."""
 
+REDUCE_SCATTER = "zero_optimization.reduce_scatter"
+"""DeepSpeed's key of how ZeRO-3 divides gradients: by a reduce-scatter, which is its default, or an all-reduce."""
+
 ZERO_QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
 """Fields, named like DeepSpeed's keys: what ZeRO-3 sends as small integers (ZeRO++)."""
 

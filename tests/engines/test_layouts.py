@@ -9,14 +9,17 @@ import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import SequenceParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autotune.engines.engine import build_engine
 from autotune.engines.layout import LayoutEngine
 from autotune.modeling import tensor_parallel
+from autotune.spec.config import REDUCE_SCATTER
 from autotune.spec.model import ModelSpec
 from autotune.spec.request import TrialRequest
 from tests.engines.parity import (
     CPU,
+    SMALL_BUCKETS,
     VOCAB,
     Ranks,
     Trace,
@@ -108,18 +111,21 @@ def test_two_ranks(ranks: Ranks, reference: Trace, text: str) -> None:
 
 
 def auto_tensor(rank: int, trial: TrialRequest) -> Trace:
-    """DeepSpeed keeps its groups for as long as a process lives; those of the next case are others."""
+    """DeepSpeed keeps its groups and its attention as long as a process lives; those of the next case are others."""
     try:
         return train(rank, trial, build_engine)
     finally:
         deepspeed.utils.groups._release_process_group_references(None)
+        ALL_ATTENTION_FUNCTIONS.pop(trial.config.attention, None)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "tp2 zero2 full",
+        "sp2 zero3 full",
         *slow("tp2 zero1", "tp2 zero1 mb1 selective", "tp2 zero2 mb8", "tp2 zero3", "tp2 zero2 offload_optimizer"),
+        *slow("sp2 zero3", "sp2 zero3 selective mb1", "sp2 zero3 selective_ops mb8", "sp2 zero3 offload_optimizer"),
     ],
 )
 def test_deepspeed_on_two_ranks(ranks: Ranks, reference: Trace, text: str) -> None:
@@ -128,23 +134,31 @@ def test_deepspeed_on_two_ranks(ranks: Ranks, reference: Trace, text: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["tp2 zero1", "tp2 zero2 full offload_optimizer", "tp2 zero3 offload"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("tp2 zero1", "tp2 zero2 full offload_optimizer", "tp2 zero3 offload"),
+        *("sp2 zero3 mb1", "sp2 zero3 full offload", "sp4 zero3", "sp4 zero3 selective"),
+    ],
+)
 def test_deepspeed_on_four_ranks(four_ranks: Ranks, reference: Trace, text: str) -> None:
     for trace in four_ranks.run(auto_tensor, trial(text, 4, engine="deepspeed")):
         assert_equal(trace, reference)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("text", ["tp2 zero2", "sp2 zero3"])
 @pytest.mark.parametrize(("model_type", "tied"), [("qwen2", False), ("llama", True), ("qwen3", True)])
-def test_families_of_deepspeed(ranks: Ranks, model_type: str, tied: bool) -> None:
+def test_families_of_deepspeed(ranks: Ranks, model_type: str, tied: bool, text: str) -> None:
     model = ModelSpec(name=model_type, config={**tiny(tied).config, "model_type": model_type})
-    for trace in ranks.run(auto_tensor, trial("tp2 zero2", 2, model, engine="deepspeed")):
+    for trace in ranks.run(auto_tensor, trial(text, 2, model, engine="deepspeed")):
         assert_equal(trace, plain_training(model))
 
 
 @pytest.mark.slow
-def test_deepspeed_in_bf16(ranks: Ranks, reference: Trace) -> None:
-    for trace in ranks.run(auto_tensor, trial("tp2 zero2", 2, engine="deepspeed", precision="bf16")):
+@pytest.mark.parametrize("text", ["tp2 zero2", "sp2 zero3"])
+def test_deepspeed_in_bf16(ranks: Ranks, reference: Trace, text: str) -> None:
+    for trace in ranks.run(auto_tensor, trial(text, 2, engine="deepspeed", precision="bf16")):
         assert_equal(trace, reference, loss_rtol=1e-3, norm_rtol=2e-2)
 
 
@@ -154,6 +168,26 @@ def test_what_is_refused_of_deepspeed_trains_wrong(ranks: Ranks, reference: Trac
     for trace in ranks.run(auto_tensor, trial("tp2 zero2 selective_ops", 2, engine="deepspeed")):
         with pytest.raises(AssertionError):
             assert_equal(trace, reference, loss_rtol=2e-4, norm_rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "keys"), [("sp2 zero0", {}), ("sp2 zero1", {}), ("sp2 zero2", {}), ("sp2 zero3", {REDUCE_SCATTER: False})]
+)
+def test_shared_sequences_below_zero_3_have_gradients_as_many_times_too_large(
+    ranks: Ranks, reference: Trace, text: str, keys: dict[str, Any]
+) -> None:
+    """As under the Trainer, whose loss it is. When this fails, `autotune.space.layouts` refuses too much."""
+    keys = {**dict(SMALL_BUCKETS), **keys}
+    for trace in ranks.run(auto_tensor, trial(text, 2, engine="deepspeed", deepspeed=keys)):
+        assert trace.norms[0] == pytest.approx(2 * reference.norms[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_deepspeed_takes_the_same_neighbours_for_matrices_and_sequences(four_ranks: Ranks) -> None:
+    """When this fails, `autotune.space.layouts` refuses too much."""
+    with pytest.raises(AssertionError, match="Data inconsistency within the TP group"):
+        four_ranks.run(auto_tensor, trial("tp2 sp2 zero3", 4, engine="deepspeed"))
 
 
 @pytest.mark.slow

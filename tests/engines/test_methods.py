@@ -33,7 +33,7 @@ from tests.engines.parity import (
     train,
 )
 from tests.engines.parity import request as full_request
-from tests.engines.test_layouts import layout
+from tests.engines.test_layouts import auto_tensor, layout
 
 RANK, ALPHA = 4, 8
 # Adapters begin with B = 0, where A has no gradient: B has to move before a wrong gradient of A can be seen.
@@ -166,6 +166,14 @@ def test_layouts_of_two_ranks(ranks: Ranks, text: str) -> None:
 @pytest.mark.parametrize("text", FOUR)
 def test_layouts_of_four_ranks(four_ranks: Ranks, text: str) -> None:
     for trace in four_ranks.run(train, laid_out(text, 4), build_engine):
+        assert_equal(trace, plain_training())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_shared_sequences_of_deepspeed(ranks: Ranks, checkpointing: str) -> None:
+    trial = request("deepspeed", 3, sequence_parallel_size=2, activation_checkpointing=checkpointing)
+    for trace in ranks.run(auto_tensor, trial):
         assert_equal(trace, plain_training())
 
 

@@ -12,6 +12,7 @@ from autotune.modeling.build import build_model, materialize
 from autotune.spec.request import TrialRequest
 from tests.engines.parity import CPU, WORKLOAD, Ranks, Trace, assert_equal, optimizer_steps, plain_steps, request, tiny
 from tests.engines.parity import plain_training as plain_fp32
+from tests.engines.test_layouts import auto_tensor
 
 EQUAL = 1e-5
 """Where each tensor is whole, as in the reference: fp32 states lead to norms that are 4e-5 off."""
@@ -55,6 +56,13 @@ def test_every_stage(ranks: Ranks, engine: str, stage: int) -> None:
     for trace, short in ranks.run(watched, request(engine, stage, optimizer="adamw_8bit")):
         assert_equal(trace, plain_training(), loss_rtol=tolerance, norm_rtol=tolerance)
         assert short > 0.8  # the rest are scales, and the states of small tensors
+
+
+@pytest.mark.slow
+def test_shared_sequences_of_deepspeed(ranks: Ranks) -> None:
+    trial = request("deepspeed", 3, sequence_parallel_size=2, optimizer="adamw_8bit")
+    for trace in ranks.run(auto_tensor, trial):
+        assert_equal(trace, plain_training(), loss_rtol=OTHER_BLOCKS, norm_rtol=OTHER_BLOCKS)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from autotune.errors import UsageError
-from autotune.formats.accelerate_yaml import check_accelerate, to_accelerate
+from autotune.formats.accelerate_yaml import check_accelerate, parallelism_environment, to_accelerate
 from autotune.formats.deepspeed_json import to_deepspeed
 from autotune.spec.config import TrialConfig
 from tests.formats.samples import WORKLOAD, any_config, config
@@ -61,6 +61,22 @@ def test_layers_are_compiled_as_measured(tmp_path: Path, monkeypatch: pytest.Mon
     assert plugin.backend == DynamoBackend.INDUCTOR
     assert plugin.use_regional_compilation
     assert (plugin.mode, plugin.fullgraph, plugin.dynamic) == ("default", False, False)
+
+
+def test_ranks_share_sequences_as_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = config(zero_stage=3, sequence_parallel_size=4, attention="flash_attention_2")
+    document = to_accelerate(trial, 1, "cuda")
+    check_accelerate(document)
+    environment = prepare_deepspeed_cmd_env(launch(tmp_path, document))[1]
+    # What launch.sh says to ranks that torchrun starts is what accelerate's own launcher says to them.
+    assert parallelism_environment(trial).items() <= environment.items()
+    for name, value in environment.items():
+        if "PARALLELISM" in name:
+            monkeypatch.setenv(name, value)
+    found = ParallelismConfig()
+    assert (found.sp_size, found.sp_backend, found.data_parallel_size) == (4, "deepspeed", 2)
+    assert found.sp_handler.sp_attn_implementation == "flash_attention_2"
+    assert found.sp_handler.sp_seq_length_is_variable
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -43,6 +43,17 @@ def test_what_is_kept_of_a_layer_is_said_so_that_python_runs_it() -> None:
     assert kept == [operator.attrgetter(name)(torch.ops) for name in KEPT_OPERATORS]
 
 
+def test_a_script_is_told_how_ranks_share_sequences() -> None:
+    trial = config(engine="deepspeed", zero_stage=3, sequence_parallel_size=2, gpus=8, attention="flash_attention_2")
+    assert [cannot_express(target, trial, "cuda") is None for target in TARGETS] == [True, True, True, False]
+    said = {target: "\n".join(left_to_script(target, trial, WORKLOAD)) for target in TARGETS[:3]}
+    assert all("`position_ids` from 0 to" in found for found in said.values())
+    assert "PARALLELISM_CONFIG_SP_SIZE=2" in said["hf_trainer"]
+    assert "deepspeed_sp_compute_loss" in said["accelerate"]
+    for words in ('core_attn_implementation="flash_attention_2"', "sequence_parallel_size=2", "as its `mpu`"):
+        assert words in said["deepspeed"]
+
+
 @pytest.mark.parametrize(
     ("fields", "trainer", "accelerate"),
     [

@@ -14,6 +14,7 @@ from autotune.spec.model import ModelSpec
 from autotune.spec.request import TrialRequest
 from autotune.spec.workload import MeasureSettings, Workload
 from autotune.trial.pool import NodePool
+from tests.engines.parity import SMALL_BUCKETS
 from tests.predict.test_fake import TINY
 
 BATCH, LENGTH = 3, 96
@@ -69,6 +70,8 @@ def degrees(tensor: int = 1, sequence: int = 1, pipeline: int = 1, schedule: str
     }
 
 
+DEEPSPEED = {"engine": "deepspeed", "zero_stage": 3, "deepspeed": dict(SMALL_BUCKETS)}
+
 CASES = [
     (False, 2, 2, 2, degrees(tensor=2) | {"loss": "chunked", "activation_checkpointing": "full"}),
     (True, 8, 2, 2, degrees(tensor=2)),
@@ -90,6 +93,10 @@ CASES = [
     (True, 4, 24, 4, degrees(pipeline=4, schedule="1f1b")),
     (True, 4, 8, 2, degrees(pipeline=2, schedule="interleaved_1f1b") | {"activation_checkpointing": "full"}),
     (True, 4, 6, 2, degrees(pipeline=2, schedule="zero_bubble")),
+    (False, 2, 2, 2, degrees(sequence=2) | DEEPSPEED),
+    (True, 8, 2, 2, degrees(sequence=2) | DEEPSPEED | {"precision": "bf16"}),
+    (True, 8, 2, 4, degrees(sequence=4) | DEEPSPEED | {"activation_checkpointing": "full"}),
+    (True, 10, 1, 4, degrees(sequence=2) | DEEPSPEED | {"activation_checkpointing": "selective", "selective_every": 2}),
 ]
 
 

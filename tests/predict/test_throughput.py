@@ -283,6 +283,22 @@ class TestSplitTrials:
         assert split[TimePart.OPTIMIZER] == pytest.approx(whole[TimePart.OPTIMIZER])
         assert split[TimePart.TENSOR_PARALLEL] > 0
 
+    def test_sequences_shared_by_deepspeed_exchange_as_much_gather_positions_and_reduce_in_fp32(self) -> None:
+        split = replace(self.ALONE, zero_stage=3, sequence_parallel_size=4)
+        ours, theirs = (trial(replace(split, engine=engine)).breakdown for engine in ("pytorch", "deepspeed"))
+        assert 1 < theirs[TimePart.TENSOR_PARALLEL] / ours[TimePart.TENSOR_PARALLEL] < 1.5
+        whole = trial(replace(split, engine="deepspeed", sequence_parallel_size=1)).breakdown
+        # A quarter of the replicas run four times as many micro-batches, each reduced in twice as many bytes.
+        ratio = theirs[TimePart.GRADIENT_REDUCTION] / whole[TimePart.GRADIENT_REDUCTION]
+        assert ratio > 4
+
+    def test_key_heads_that_are_fewer_than_the_ranks_are_sent_to_several(self) -> None:
+        few = replace(SHAPE, num_key_value_heads=2)
+        shared = replace(self.ALONE, gpus=8, sequence_parallel_size=8)
+        found = [predict_trials(shape, Trials.of([shared], WORK, shape), CLUSTER).parts for shape in (SHAPE, few)]
+        assert SHAPE.num_key_value_heads % 8 == 0
+        assert found[1][TimePart.TENSOR_PARALLEL][0] > 1.1 * found[0][TimePart.TENSOR_PARALLEL][0]
+
     def test_a_schedule_idles_less_with_more_stages_a_rank(self) -> None:
         schedules: tuple[PipelineSchedule, ...] = ("1f1b", "interleaved_1f1b", "zero_bubble")
         staged = replace(self.ALONE, pipeline_parallel_size=4)

@@ -7,7 +7,7 @@ import pytest
 from autotune.formats.targets import TARGETS
 from autotune.space.legality import rules
 from autotune.spec.cluster import ClusterSpec, find_gpu
-from autotune.spec.config import SECOND_PARTITION, TrialConfig
+from autotune.spec.config import REDUCE_SCATTER, SECOND_PARTITION, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.workload import Workload
 from tests.samples import sample_space
@@ -40,7 +40,8 @@ def test_layouts_are_candidates(tmp_path: Path) -> None:
     for config in space.candidates:
         assert config in space
         assert (config.pipeline_schedule is None) == (config.pipeline_parallel_size == 1)
-        assert config.engine == "pytorch" or config.model_parallel_size == config.tensor_parallel_size
+        shared = config.tensor_parallel_size, config.sequence_parallel_size
+        assert config.engine == "pytorch" or config.model_parallel_size in shared
         assert TrialConfig.from_dict(config.to_dict()) == config
 
 
@@ -49,7 +50,11 @@ def test_layouts_are_candidates(tmp_path: Path) -> None:
     [
         ({"tensor_parallel_size": [1, 3]}, "gpus 4 is no multiple of tensor_parallel_size 3"),
         ({"tensor_parallel_size": [1, 4]}, "does not divide num_key_value_heads 2 of qwen3-tiny"),
-        ({"engine": ["deepspeed", "pytorch"], "sequence_parallel_size": [1, 2]}, "is run by engine pytorch alone"),
+        (
+            {"engine": ["deepspeed", "pytorch"], "sequence_parallel_size": [1, 2]},
+            "computes gradients 2 times too large",
+        ),
+        ({"engine": ["deepspeed", "pytorch"], "pipeline_parallel_size": [1, 2]}, "is run by engine pytorch alone"),
         ({"engine": ["deepspeed", "pytorch"], "loss": ["full_logits", "chunked"]}, "is run by engine pytorch alone"),
         ({"sequence_parallel_size": [1, 2], "attention": ["sdpa", "eager"]}, "needs attention sdpa"),
         ({"pipeline_parallel_size": [1, 2], "micro_batch_size": [4, 8]}, "more than the 1 micro-batches"),
@@ -67,6 +72,8 @@ def test_illegal_layouts_are_refused_with_the_reason(tmp_path: Path, search: dic
 
 
 AUTO_TENSOR = {"engine": "deepspeed", "tensor_parallel_size": 2, "zero_stage": 2}
+SHARED = {"engine": "deepspeed", "sequence_parallel_size": 2, "zero_stage": 3}
+ADAPTERS = {"lora_rank": 8, "lora_alpha": 16, "lora_target_modules": "all-linear"}
 EIGHT = ClusterSpec(nodes=1, gpus_per_node=8, gpu=find_gpu("H100-80GB"))
 
 
@@ -112,6 +119,20 @@ def refusal(model: ModelSpec, **changes: object) -> str | None:
         ({**AUTO_TENSOR, "zero_stage": 0}, "clips by the norm of a rank's share"),
         ({**AUTO_TENSOR, "activation_checkpointing": "selective_ops"}, "computes wrong gradients"),
         ({**AUTO_TENSOR, "loss": "chunked"}, "is run by engine pytorch alone"),
+        (SHARED, None),
+        ({**SHARED, "gpus": 8, "offload": "optimizer+parameters", "activation_checkpointing": "selective_ops"}, None),
+        ({**SHARED, "sequence_parallel_size": 4, "method": "lora", **ADAPTERS}, None),
+        *(({**SHARED, "zero_stage": stage}, "2 times too large") for stage in (0, 1, 2)),
+        ({**SHARED, "deepspeed": {REDUCE_SCATTER: False}}, "2 times too large without"),
+        ({**SHARED, "tensor_parallel_size": 2}, "takes the same neighbours in rank for both"),
+        ({**SHARED, "sequence_length": 63}, "does not divide sequence_length 63"),
+        ({**SHARED, "sequence_parallel_size": 8, "gpus": 8}, "neither divides the 2 key heads"),
+        ({**SHARED, "attention": "eager"}, "needs attention sdpa"),
+        ({**SHARED, "loss": "chunked"}, "is run by engine pytorch alone"),
+        ({**SHARED, "precision": "fp16"}, "has not been tried with precision fp16"),
+        ({**SHARED, "zero_quantized_weights": True}, "has not been tried with zero_quantized_weights True"),
+        ({**SHARED, "deepspeed": {SECOND_PARTITION: 2}}, "has not been tried with"),
+        ({**SHARED, "torch_compile": True}, "torch_compile"),
         ({**AUTO_TENSOR, "pipeline_parallel_size": 2, "pipeline_schedule": "1f1b"}, "is run by engine pytorch alone"),
         ({**AUTO_TENSOR, "precision": "fp16"}, "loss scale"),
         ({**AUTO_TENSOR, "optimizer": "adamw_8bit"}, "has not been tried"),
@@ -167,3 +188,10 @@ def test_a_layout_that_no_target_runs_is_not_searched(tmp_path: Path) -> None:
     )
     assert "loss chunked as trials do" in dropped["loss", "chunked"]
     assert all(not config.has_own_layout for config in space.candidates)
+
+
+def test_sequences_that_deepspeed_shares_have_a_home_at_every_target_of_deepspeed(tmp_path: Path) -> None:
+    search = {"engine": ["deepspeed", "pytorch"], "zero_stage": 3, "sequence_parallel_size": [1, 2]}
+    for target in ("hf_trainer", "accelerate", "deepspeed"):
+        space = sample_space(tmp_path, baseline=..., targets=[target], search=search)
+        assert {c.engine for c in space.candidates if c.sequence_parallel_size == 2} == {"deepspeed"}
