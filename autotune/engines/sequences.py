@@ -38,7 +38,7 @@ class SharedSequences:
 
     def __init__(self, model: PreTrainedModel, config: TrialConfig, device: torch.device) -> None:
         if device.type == "cpu":
-            differentiable.all_gather = all_gather
+            differentiable.all_gather = all_gather  # type: ignore[assignment]  # nobody calls it without a group
         self._ranks = config.sequence_parallel_size
         self._parallelism = ParallelismConfig(sp_size=self._ranks, sp_backend="deepspeed")
         self.groups: ModuleType = UlyssesSPAttentionHF.register_with_transformers(

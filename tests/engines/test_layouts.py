@@ -116,7 +116,7 @@ def auto_tensor(rank: int, trial: TrialRequest) -> Trace:
         return train(rank, trial, build_engine)
     finally:
         deepspeed.utils.groups._release_process_group_references(None)
-        ALL_ATTENTION_FUNCTIONS.pop(trial.config.attention, None)
+        ALL_ATTENTION_FUNCTIONS._local_mapping.pop(trial.config.attention, None)
 
 
 @pytest.mark.parametrize(
