@@ -21,13 +21,20 @@ def _stage(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: Cl
     )
 
 
-@reads("offload", "method", "tensor_parallel_size", *ZERO_QUANTIZED, f"deepspeed.{SECOND_PARTITION}")
+@reads(
+    "offload",
+    "method",
+    "tensor_parallel_size",
+    "sequence_parallel_size",
+    *ZERO_QUANTIZED,
+    f"deepspeed.{SECOND_PARTITION}",
+)
 def _tried(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.offload != "optimizer_nvme":
         return None
     if config.method != "full":
         return f"offload optimizer_nvme is for all weights: what method {config.method} trains is small; use optimizer"
-    plain = {"tensor_parallel_size": 1, **dict.fromkeys(ZERO_QUANTIZED, False)}
+    plain = {"tensor_parallel_size": 1, "sequence_parallel_size": 1, **dict.fromkeys(ZERO_QUANTIZED, False)}
     values = {field: getattr(config, field) for field in plain} | {
         SECOND_PARTITION: dict(config.deepspeed).get(SECOND_PARTITION, 1)
     }

@@ -132,6 +132,7 @@ def refusal(model: ModelSpec, **changes: object) -> str | None:
         ({**SHARED, "precision": "fp16"}, "has not been tried with precision fp16"),
         ({**SHARED, "zero_quantized_weights": True}, "has not been tried with zero_quantized_weights True"),
         ({**SHARED, "deepspeed": {SECOND_PARTITION: 2}}, "has not been tried with"),
+        ({**SHARED, "offload": "optimizer_nvme"}, "has not been tried with sequence_parallel_size 2"),
         ({**SHARED, "torch_compile": True}, "torch_compile"),
         ({**AUTO_TENSOR, "pipeline_parallel_size": 2, "pipeline_schedule": "1f1b"}, "is run by engine pytorch alone"),
         ({**AUTO_TENSOR, "precision": "fp16"}, "loss scale"),
