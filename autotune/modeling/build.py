@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.integrations import liger
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autotune.errors import UsageError
@@ -118,6 +117,8 @@ def apply_liger_kernel(model: PreTrainedModel, config: TrialConfig) -> None:
     own function; rotary embeddings of every model of that kind in this process besides.
     """
     if config.use_liger_kernel:
+        from transformers.integrations import liger  # brings PEFT and bitsandbytes, which asks for GPUs
+
         liger.apply_liger_kernel(model, None)
 
 

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional
 import transformers.integrations.deepspeed
-import transformers.integrations.liger
 import transformers.masking_utils
 from torch._C._distributed_c10d import _register_comm_hook
 from torch.distributed.device_mesh import DeviceMesh
@@ -138,7 +137,9 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         # A table that the library makes from numbers once and keeps: real, and not a later trial's.
         yield functional, "name2qmap", {"dynamic": functional.create_dynamic_map()}
     if request.config.use_liger_kernel:  # Triton's kernels run on GPUs, and Liger need not be installed
-        yield transformers.integrations.liger, "apply_liger_kernel", liger.stand_in
+        from transformers.integrations import liger as integration
+
+        yield integration, "apply_liger_kernel", liger.stand_in
         yield liger.rotary_module(request.model.config["model_type"]), "apply_rotary_pos_emb", liger.rotate
     if request.config.engine == "pytorch":
         # Tables of ranks are read, so they are real: those that FSDP2 makes of two meshes as well.
