@@ -37,6 +37,7 @@ from autotune.modeling.build import (
     COMPUTE_DTYPES,
     apply_activation_checkpointing,
     apply_compilation,
+    apply_fp8,
     apply_liger_kernel,
     apply_method,
     build_model,
@@ -81,6 +82,7 @@ class PyTorchEngine:
         model = build_model(request.model, config.attention)
         apply_method(model, config)
         apply_liger_kernel(model, config)
+        apply_fp8(model, config, device)
         apply_activation_checkpointing(model, config)
         apply_compilation(model, config)
         if config.precision != "fp32":

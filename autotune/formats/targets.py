@@ -37,6 +37,7 @@ READ_BY_TARGETS = (
     "activation_checkpointing",
     "data_parallel_replicate_size",
     "torch_compile",
+    "fp8",
 )
 """Fields of a config that `cannot_express` reads, besides the degrees of parallelism."""
 
@@ -54,6 +55,8 @@ def cannot_express(target: Target, config: TrialConfig, device: Device) -> str |
     # Sequences alone DeepSpeed shares as accelerate and the Trainer have it do.
     if config.has_own_layout and (config.engine == "pytorch" or config.sequence_parallel_size == 1):
         return f"{_NAMES[target]} does not run {config.own_layout} as trials do"
+    if config.fp8:
+        return f"{_NAMES[target]} has not been tried with fp8"
     if target == "hf_trainer":
         if config.activation_checkpointing == "selective_ops":
             return "TrainingArguments in YAML have no word for activation_checkpointing selective_ops"

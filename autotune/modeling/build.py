@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils.ao import convert_model_to_fp8_ao
 from accelerate.utils.other import compile_regions_fsdp2
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
@@ -120,6 +121,17 @@ def apply_liger_kernel(model: PreTrainedModel, config: TrialConfig) -> None:
         from transformers.integrations import liger  # brings PEFT and bitsandbytes, which asks for GPUs
 
         liger.apply_liger_kernel(model, None)
+
+
+def apply_fp8(model: PreTrainedModel, config: TrialConfig, device: torch.device) -> None:
+    """Have the linear modules of `model`, all but the first and the last, multiply in fp8, in place, by accelerate's
+    own function; without a GPU by casts to fp8 and products of what they leave, which torchao calls emulation.
+    """
+    if not config.fp8:
+        return
+    from torchao.float8 import Float8LinearConfig  # asks for GPUs, which only a rank may
+
+    convert_model_to_fp8_ao(model, config=Float8LinearConfig(emulate=device.type == "cpu"))
 
 
 def loss_alone(config: TrialConfig) -> dict[str, bool]:

@@ -206,6 +206,7 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     del fields["sequence_length"]
     fields.pop("torch_compile", None)  # not traced, see `COMPILED_DEVIATION`
     fields.pop("script", None)  # what a user's script makes of its knobs is not known
+    fields.pop("fp8", None)  # saves what it multiplies before the cast, as without
     for key in ZERO_QUANTIZED:  # by kernels for GPUs alone
         fields.pop(key, None)
     # A micro-batch of one sequence has layouts of its own, which make a difference of 0.2 % at most

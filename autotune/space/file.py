@@ -166,6 +166,7 @@ class NumericsFile(_Strict):
     optimizer: Axis[Optimizer] | None = None
     zero_quantized_weights: Axis[StrictBool] | None = None
     zero_quantized_gradients: Axis[StrictBool] | None = None
+    fp8: Axis[StrictBool] | None = None
 
 
 class SearchFile(_Strict):
@@ -223,6 +224,7 @@ class BaselineFile(_Strict):
     zero_quantized_gradients: StrictBool | None = None
     torch_compile: Annotated[bool, Field(strict=True)] | None = None
     use_liger_kernel: StrictBool | None = None
+    fp8: StrictBool | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 

@@ -3,6 +3,7 @@
 from autotune.formats.targets import READ_BY_TARGETS, Target, no_target
 from autotune.space.attention import ATTENTION_RULES
 from autotune.space.compilation import COMPILATION_RULES
+from autotune.space.fp8 import FP8_RULES
 from autotune.space.layouts import LAYOUT_RULES
 from autotune.space.lengths import LENGTH_RULES
 from autotune.space.liger import LIGER_RULES
@@ -29,6 +30,7 @@ def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
         *QUANTIZED_ZERO_RULES,
         *COMPILATION_RULES,
         *LIGER_RULES,
+        *FP8_RULES,
         expressed,
     )
 

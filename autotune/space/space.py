@@ -315,7 +315,7 @@ def _space(
     axes["lora_alpha"] = (lora.alpha,)
     axes["lora_target_modules"] = tuple(numerics.lora_target_modules or [lora.target_modules])
     axes["optimizer"] = tuple(numerics.optimizer or ["adamw"])
-    axes |= {axis: tuple(getattr(numerics, axis) or [False]) for axis in ZERO_QUANTIZED}
+    axes |= {axis: tuple(getattr(numerics, axis) or [False]) for axis in (*ZERO_QUANTIZED, "fp8")}
     batching: tuple[Batching, ...] = ("dynamic_padding" if file.workload.lengths != "fixed" else "fixed",)
     axes["batching"] = batching if file.search.batching is None else tuple(file.search.batching)
     axes["gpus"] = tuple(file.search.gpus or [cluster.total_gpus])

@@ -64,6 +64,7 @@ LATER_FIELDS: dict[str, Any] = {
     **dict.fromkeys(ZERO_QUANTIZED, False),
     "torch_compile": False,
     "use_liger_kernel": False,
+    "fp8": False,
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -129,6 +130,9 @@ class TrialConfig:
     use_liger_kernel: bool = False
     """Norms, rotary embeddings, SwiGLU and the loss are Liger's Triton kernels; logits are computed a few rows at a
     time. The name is the Trainer's."""
+    fp8: bool = False
+    """Matrix products of the layers, but for the first, read fp8 values with one scale a tensor, found as they are cast
+    (torchao's dynamic tensorwise scaling). Weights, gradients and all the rest are as `precision` says."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -241,5 +245,7 @@ class TrialConfig:
             words.append("compiled")
         if self.use_liger_kernel:
             words.append("liger")
+        if self.fp8:
+            words.append("fp8")
         words += [f"{name} {value}" for name, value in self.script]
         return " ".join(words)

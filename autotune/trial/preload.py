@@ -7,6 +7,7 @@ asks a forked child whether it worked before it trusts this.
 """
 
 import importlib
+import sys
 
 MODULES = (
     "torch",
@@ -25,5 +26,8 @@ MODULES = (
 )
 """transformers imports its parts lazily, so the modules that building a model needs are named."""
 
+# transformers imports torchao wherever it is installed, which asks for GPUs. A rank that trains in fp8 does it itself.
+sys.modules["torchao"] = None  # type: ignore[assignment]  # how Python is told that there is no such module
 for _module in MODULES:
     importlib.import_module(_module)
+del sys.modules["torchao"]

@@ -128,6 +128,19 @@ def test_the_preload_touches_no_cuda_and_starts_no_thread() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_preload_leaves_torchao_to_the_ranks(tmp_path: Path) -> None:
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("import torch\ntorch.cuda.is_available()\n")
+    (tmp_path / "torchao-0.18.0.dist-info").mkdir()
+    (tmp_path / "torchao-0.18.0.dist-info" / "METADATA").write_text("Name: torchao\nVersion: 0.18.0\n")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | trial_environment("cuda", "/nonexistent") | {"PYTHONPATH": paths}
+    later = "assert importlib.util.find_spec('torchao') is not None"
+    command = f"import importlib.util\n{PRELOAD_WITHOUT_CUDA}\n{later}"
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_fork_server_with_initialised_cuda_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "autotune.trial.preload", types.ModuleType("preload"))
     assert child._what_is_wrong() == ""
