@@ -199,6 +199,10 @@ class PyTorchEngine:
 
 def build_pytorch_engine(request: TrialRequest, device: torch.device) -> PyTorchEngine:
     """The engine of the config's layout, see `autotune.engines.engine.build_engine`."""
+    if request.config.device_map == "auto":
+        from autotune.engines.device_map import SpreadEngine
+
+        return SpreadEngine(request, device)
     if request.config.pipeline_parallel_size > 1:
         from autotune.engines.pipeline import PipelineEngine
 

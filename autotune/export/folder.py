@@ -162,13 +162,14 @@ def _documents(study: Study, best: Best) -> dict[str, str]:
 def _mode(form: Format, source: Best, space: Space) -> dict[str, Any]:
     """What launch.sh and the README say of one way to start a script."""
     nodes = nodes_of(source.config, space)
-    ranks_per_node = source.config.gpus // nodes
+    ranks_per_node = source.config.ranks // nodes
     torchrun = f"torchrun {'--standalone' if nodes == 1 else f'--nnodes {nodes} …'} --nproc-per-node {ranks_per_node}"
     # accelerate's launcher makes it of its file; of what TrainingArguments cannot say torchrun knows nothing.
     environment = parallelism_environment(source.config) if form.launch == "trainer" else {}
     variables = "".join(f"{name}={value} " for name, value in environment.items())
+    in_turn = source.config.device_map == "auto"
     by_hand = {
-        "trainer": f"{variables}{torchrun} train.py {form.file}",
+        "trainer": f"{variables}{'python' if in_turn else torchrun} train.py {form.file}",
         "accelerate": f"accelerate launch --config_file {form.file}{' …' if nodes > 1 else ''} train.py",
         "deepspeed": f"{torchrun} train.py --deepspeed --deepspeed_config {form.file}",
     }
@@ -182,6 +183,8 @@ def _mode(form: Format, source: Best, space: Space) -> dict[str, Any]:
         "environment": environment,
         "nodes": nodes,
         "ranks_per_node": ranks_per_node,
+        "gpus": source.config.gpus,
+        "in_turn": in_turn,
     }
 
 

@@ -26,7 +26,7 @@ def to_accelerate(config: TrialConfig, nodes: int, device: Device) -> dict[str, 
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": _distributed_type(config),
         "num_machines": nodes,
-        "num_processes": config.gpus,
+        "num_processes": config.ranks,
     }
     if config.engine == "deepspeed":
         # Nothing else may stand beside the file: accelerate refuses what could contradict it.
@@ -119,4 +119,4 @@ def _distributed_type(config: TrialConfig) -> str:
         return "DEEPSPEED"
     if config.zero_stage:
         return "FSDP"
-    return "MULTI_GPU" if config.gpus > 1 else "NO"
+    return "MULTI_GPU" if config.ranks > 1 else "NO"

@@ -85,7 +85,7 @@ def _not_on_cpu(target: Target, config: TrialConfig) -> str | None:
         return "accelerate refuses fp16 on CPU"
     if config.engine == "pytorch" and config.zero_stage:
         return "accelerate shards by FSDP2 on GPUs alone, on CPU it silently runs DDP"
-    if config.engine == "pytorch" and target == "accelerate" and config.gpus > 1:
+    if config.engine == "pytorch" and target == "accelerate" and config.ranks > 1:
         return "`accelerate launch` silently starts one process on CPU, unless it is given mpirun's hostfile"
     return None
 
@@ -115,10 +115,19 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
         load += " and `dtype=torch.float32`"
     if config.method == "qlora":
         given = ", ".join(f"{key}={value!r}" for key, value in to_quantization_config(config).items())
-        load += f", `quantization_config=BitsAndBytesConfig({given})` and `device_map={{'': local_rank}}`"
+        load += f", `quantization_config=BitsAndBytesConfig({given})`"
+    if config.device_map == "auto":
+        load += ' and `device_map="auto"`'
+    elif config.method == "qlora":
+        load += " and `device_map={'': local_rank}`"
     if config.use_liger_kernel and target != "hf_trainer":
         load += ", by `liger_kernel.transformers.AutoLigerKernelForCausalLM`"
     todo = [_sequences(config), load]
+    if config.device_map == "auto":
+        todo.append(
+            f"is one process, without torchrun, that sees {config.gpus} GPUs and no others:"
+            f" `CUDA_VISIBLE_DEVICES={','.join(map(str, range(config.gpus)))}`"
+        )
     if config.sequence_parallel_size > 1:
         todo.append(_shared_sequences(target, config))
     if config.method != "full":

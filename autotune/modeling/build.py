@@ -9,7 +9,7 @@ import functools
 import hashlib
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -235,6 +235,7 @@ def materialize(
     *,
     frozen: torch.dtype | None = None,
     on_host: bool = False,
+    placed: Mapping[str, torch.device] | None = None,
 ) -> None:
     """Put `model` on `device` in `dtype` with the weights of `initial_weight`, in place.
 
@@ -248,33 +249,37 @@ def materialize(
         seed: of the weights.
         frozen: the dtype of parameters that do not train; None for `dtype`.
         on_host: whether parameters go to the host instead.
+        placed: where each of the modules that make up the model goes, by its name; None: all of it to `device`.
     """
-    home = torch.device("cpu") if on_host else device
+    placed = {"": device} if placed is None else placed
     quantized = getattr(model, "is_loaded_in_4bit", False)
     if quantized:
         from autotune.modeling.quantized import is_packed, write_packed_weights
 
-    def allocate(tensor: torch.Tensor) -> torch.Tensor:
+    def allocate(tensor: torch.Tensor, home: torch.device) -> torch.Tensor:
         # Only parameters are on meta; buffers carry values and keep their dtype.
         if tensor.is_meta and quantized and is_packed(tensor):
             return tensor
         if tensor.is_meta:
             kind = dtype if tensor.requires_grad or frozen is None else frozen
-            return torch.empty_like(tensor, dtype=kind, device=home)
-        return tensor.to(device, copy=True)
+            return torch.empty_like(tensor, dtype=kind, device="cpu" if on_host else home)
+        return tensor.to(home, copy=True)
 
     # `_apply` is what `Module.to_empty` is made of, and what FSDP2 overrides to follow its parameters.
-    model._apply(allocate)
+    for name, home in placed.items():
+        model.get_submodule(name)._apply(functools.partial(allocate, home=home))
     model.tie_weights()  # `_apply` gave each user of a shared parameter its own
     if quantized:
-        write_packed_weights(model, device, seed)
+        write_packed_weights(model, placed, seed)
     write_initial_weights(model, device, seed)
 
 
-def write_initial_weights(model: PreTrainedModel, device: torch.device, seed: int) -> None:
-    """Set each parameter, whole or sharded, to its `initial_weight`, in place."""
+def write_initial_weights(model: PreTrainedModel, device: torch.device, seed: int, *, frozen_too: bool = True) -> None:
+    """Set each parameter, or each that trains, whole or sharded, to its `initial_weight`, in place."""
     std = initializer_range(model)
     for name, parameter in model.named_parameters():
+        if not (frozen_too or parameter.requires_grad):
+            continue
         if parameter.is_floating_point():  # what is in 4 bits has its value already
             fill(parameter, initial_weight(name, parameter.shape, device, std, seed))
 

@@ -5,6 +5,7 @@ share a scale of 8 bits, and each 256 scales one of 32 bits (double quantisation
 Embedding, norms, biases and lm head stay in the compute dtype.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes
@@ -63,18 +64,21 @@ def is_packed(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, bitsandbytes.nn.Params4bit)
 
 
-def write_packed_weights(model: PreTrainedModel, device: torch.device, seed: int) -> None:
-    """Give the quantised modules of `model` their `initial_weight`, a matrix at a time, in place."""
+def write_packed_weights(model: PreTrainedModel, placed: Mapping[str, torch.device], seed: int) -> None:
+    """Give the quantised modules of `model` their `initial_weight`, a matrix at a time, in place.
+
+    Args:
+        model: from `replace_linear`.
+        placed: where each of the modules that make up the model is, by its name.
+        seed: of the weights.
+    """
     std = initializer_range(model)
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            shape = (module.out_features, module.in_features)
-            whole = initial_weight(f"{name}.weight", shape, device, std, seed).to(module.compute_dtype)
-            packed, state = quantize_4bit(
-                whole,
-                blocksize=BLOCK,
-                compress_statistics=module.weight.compress_statistics,
-                quant_type=module.weight.quant_type,
-                quant_storage=module.quant_storage,
-            )
-            module.weight, module.quant_state = torch.nn.Parameter(packed, requires_grad=False), state
+    for part, device in placed.items():
+        for name, module in model.get_submodule(part).named_modules(prefix=part):
+            if isinstance(module, PackedLinear):
+                shape = (module.out_features, module.in_features)
+                whole = initial_weight(f"{name}.weight", shape, device, std, seed).to(module.compute_dtype)
+                stated = {key: getattr(module.weight, key) for key in ("compress_statistics", "quant_type")}
+                packed, state = quantize_4bit(whole, blocksize=BLOCK, quant_storage=module.quant_storage, **stated)
+                module.weight, module.quant_state = torch.nn.Parameter(packed, requires_grad=False), state
+                vars(module.weight).update(stated)  # which PEFT asks for where it finds weights with values

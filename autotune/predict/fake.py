@@ -11,7 +11,7 @@ step on real data would see: `FakeData` and the replacements below. Nothing in t
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
@@ -32,11 +32,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import autotune.engines.device_map
 import autotune.modeling.build
 from autotune.engines.engine import Engine, build_engine
 from autotune.predict import liger
 from autotune.predict.fake_mode import CPU, FakeData
-from autotune.spec.config import Batching
+from autotune.spec.config import Batching, TrialConfig
 from autotune.spec.outcome import Phase
 from autotune.spec.request import TrialRequest
 
@@ -79,7 +80,9 @@ class FakeTrial:
 
 
 @contextmanager
-def fake_trial(request: TrialRequest, observer: TorchDispatchMode, rank: int = 0) -> Iterator[FakeTrial]:
+def fake_trial(
+    request: TrialRequest, observer: TorchDispatchMode, rank: int = 0, placed: Mapping[str, int] | None = None
+) -> Iterator[FakeTrial]:
     """Build one rank of a trial on FakeTensors, and tear everything down on leaving.
 
     Takes the whole process: there is one default process group, and libraries are changed meanwhile. DeepSpeed decides
@@ -89,6 +92,7 @@ def fake_trial(request: TrialRequest, observer: TorchDispatchMode, rank: int = 0
         request: the trial. Its device and limits play no part.
         observer: the dispatch mode that sees every operator, from building on.
         rank: whose step it is. Ranks differ by how partitions fall on parameters.
+        placed: on which GPU each module is, of a process with several; None for where the engine would put them.
 
     Raises:
         RuntimeError: this process is in a process group already, or DeepSpeed is for another device.
@@ -101,15 +105,22 @@ def fake_trial(request: TrialRequest, observer: TorchDispatchMode, rank: int = 0
         warnings.simplefilter("ignore")  # of deprecated calls inside the libraries, and of `data_ptr` being 0
         stack.enter_context(_environment_restored())
         os.environ.setdefault("DS_ACCELERATOR", CPU.type)
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=request.config.gpus)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=request.config.ranks)
         stack.callback(_leave_group, request)
         if request.config.offload == "optimizer_nvme":  # folders are made, nothing is written
             request = replace(request, nvme_path=stack.enter_context(TemporaryDirectory(prefix="autotune-trace-")))
         for owner, name, substitute in _substitutes(request):
             stack.enter_context(_replaced(owner, name, substitute))
+        if placed is not None:
+            where = dict(placed)
+            stack.enter_context(_replaced(autotune.engines.device_map, "balanced_map", lambda model, config: where))
         stack.enter_context(FakeData())
         stack.enter_context(observer)
         yield FakeTrial(build_engine(request, CPU), request)
+
+
+def _numbered(config: TrialConfig, first: torch.device) -> list[torch.device]:
+    return [first, *(torch.device(first.type, at) for at in range(1, config.gpus))]
 
 
 def _packed_sequences(position_ids: torch.Tensor) -> torch.Tensor:
@@ -121,7 +132,10 @@ def _packed_sequences(position_ids: torch.Tensor) -> torch.Tensor:
 def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
     """(owner, name, substitute) of the functions that cannot work without data."""
     # Weights have no values.
-    yield autotune.modeling.build, "write_initial_weights", lambda *args: None
+    for module in (autotune.modeling.build, autotune.engines.device_map):
+        yield module, "write_initial_weights", lambda *args, **kwargs: None
+    # Of a host's CPUs PyTorch makes one device, but FakeTensors may be on as many as there are numbers.
+    yield autotune.engines.device_map, "devices_of", _numbered
     # Whether a row has several sequences, and whether any is padded, is looked up in the values. transformers does not
     # look where it believes to be traced, and then makes a mask that no step on sequences of one length has.
     find = _packed_sequences if request.config.batching == "packed" else lambda position_ids: None

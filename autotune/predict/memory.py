@@ -68,7 +68,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 
 
 def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cluster: ClusterSpec) -> MemoryPrediction:
-    """Peaks of the fullest rank of a trial.
+    """Peaks of the fullest rank of a trial, or GPU of its only rank.
 
     Raises:
         ValueError: the global batch does not divide.
@@ -106,6 +106,8 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
         host_bytes=host,
         breakdown=parts,
         deviation=deviation(cluster, compiled=config.torch_compile),
+        gpu=0 if isinstance(fullest, PipelineStream) else fullest.gpu,
+        layers_of_gpus=() if isinstance(fullest, PipelineStream) else tuple(fullest.layers.tolist()),
     )
 
 
@@ -127,7 +129,7 @@ def streams_of(names: Sequence[str], config: TrialConfig, batches: int) -> list[
 
 def structures(model: ModelSpec, config: TrialConfig, *, accumulates: bool, batches: int = 0) -> tuple[str, ...]:
     """What has to be traced for a config: the first rank's structure, the last's where partitions are uneven, that of
-    a rank of each stage of a pipeline that may be the fullest.
+    a rank of each stage of a pipeline that may be the fullest, of each GPU of one process that may be it.
 
     Configs with equal structures differ only in batch and length. Of a length it counts whether a sliding window is
     shorter.
@@ -146,6 +148,8 @@ def structures(model: ModelSpec, config: TrialConfig, *, accumulates: bool, batc
             for at in _fullest(config, model.num_hidden_layers)
             for traced in traced_batches(config, batches)
         )
+    if config.device_map == "auto":
+        return tuple(_structure(model, config, accumulates, role) for role in roles(config.gpus))
     uneven = config.engine == "deepspeed" and config.zero_stage in (1, 2)
     ranks = {0, config.gpus - 1} if uneven else {0}
     return tuple(_structure(model, config, accumulates, rank) for rank in sorted(ranks))
@@ -180,6 +184,14 @@ def _fullest(config: TrialConfig, depth: int) -> list[int]:
     return sorted({0, *between.values(), size - 1})
 
 
+def roles(gpus: int) -> tuple[int, ...]:
+    """Of GPUs that share the layers in one process, those that may be the fullest, in a structure's place of ranks: 0
+    the first, which embeds and gets the logits back, 1 that between with most layers, 2 the last, which has the loss.
+    Which GPUs these are follows from the model, see `autotune.modeling.device_map`.
+    """
+    return (0, 1, 2) if gpus > 2 else (0, 2)
+
+
 def is_traced(structure: str) -> bool:
     """Whether a structure is on disk already."""
     return _file(structure).exists()
@@ -197,7 +209,7 @@ def context_bytes(config: TrialConfig, cluster: ClusterSpec) -> int:
         return 0
     gpu, ranks_on_node = cluster.gpu.name, min(config.gpus, cluster.gpus_per_node)
     size = device.CUDA_CONTEXT_BYTES + device.workspace_bytes(gpu)
-    return size + (device.communicator_bytes(gpu, ranks_on_node) if config.gpus > 1 else 0)
+    return size + (device.communicator_bytes(gpu, ranks_on_node) if config.ranks > 1 else 0)
 
 
 def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: int, batches: int = 0) -> str:
@@ -315,6 +327,8 @@ def _arrays(stream: Stream | SitedStream) -> Iterable[tuple[str, Any]]:
 
 def _from_arrays(stored: Any) -> Stream | SitedStream:
     if "live" in stored:
-        return Stream(stored["live"], stored["fragmentation"], int(stored["pieces"]))
+        spread = int(stored["gpu"]), stored["layers"]
+        return Stream(stored["live"], stored["fragmentation"], int(stored["pieces"]), *spread)
     arrays: dict[str, Any] = {name: stored[name] for name in SitedStream.__dataclass_fields__}
-    return SitedStream(**{**arrays, "steps": float(arrays["steps"]), "pieces": int(arrays["pieces"])})
+    scalars = {name: int(arrays[name]) for name in ("pieces", "gpu")}
+    return SitedStream(**{**arrays, **scalars, "steps": float(arrays["steps"])})

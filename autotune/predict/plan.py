@@ -282,7 +282,8 @@ class _Cells:
             return found
 
         pipeline = values("pipeline_parallel_size")
-        ranks = values("gpus") // (values("tensor_parallel_size") * values("sequence_parallel_size") * pipeline)
+        processes = np.where(np.array(space.axes["device_map"])[columns["device_map"]] == "auto", 1, values("gpus"))
+        ranks = processes // (values("tensor_parallel_size") * values("sequence_parallel_size") * pipeline)
         steps = space.workload.global_batch_size // (self._batch * ranks)
         return np.where(pipeline > 1, steps, np.minimum(steps, 2))
 

@@ -24,10 +24,19 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
         vocab_size: a tensor with this dimension is part of the logits.
         update_on_host: whether the optimizer updates offloaded states, so that what it works in is on the host.
         double_bytes: what the largest fp64 tensor is recorded as; None: as it is.
+        gpu: whose tensors are recorded, of a process that has several; None for all.
     """
 
-    def __init__(self, vocab_size: int, *, update_on_host: bool = False, double_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        update_on_host: bool = False,
+        double_bytes: int | None = None,
+        gpu: int | None = None,
+    ) -> None:
         super().__init__()
+        self._gpu = gpu
         self._double_bytes = double_bytes
         self._doubles: set[int] = set()
         self._update_on_host = update_on_host
@@ -142,6 +151,8 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
         return False
 
     def _count(self, tensor: torch.Tensor) -> int:
+        if self._gpu is not None and (tensor.device.index or 0) != self._gpu:
+            return 0
         if type(tensor) is not FakeTensor:
             self._describe(tensor)
             return super()._count(tensor)

@@ -21,6 +21,10 @@ def _none() -> NDArray[np.float64]:
     return np.zeros(len(REPLAYED_TOKENS))
 
 
+def _one_gpu() -> NDArray[np.int64]:
+    return np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """Live memory during a step, at the changes after which it may be highest."""
@@ -32,6 +36,10 @@ class Stream:
     pieces: int = 1
     """Into how many a sequence is cut by ranks and by the loss. Lengths are of one piece: a tensor of a piece would be
     no multiple of a whole length."""
+    gpu: int = 0
+    """Whose memory it is, of a process that has several GPUs."""
+    layers: NDArray[np.int64] = field(default_factory=_one_gpu)
+    """(GPUs,): how many layers each of them has; empty where a process has one."""
 
     @classmethod
     def of(cls, trace: Trace) -> "Stream":
@@ -72,6 +80,10 @@ class SitedStream:
     fragmentation: NDArray[np.float64] = field(default_factory=_none)
     """(points,): as a `Stream`'s, but that of the deeper trace."""
     pieces: int = 1
+    """As a `Stream`'s."""
+    gpu: int = 0
+    """As a `Stream`'s."""
+    layers: NDArray[np.int64] = field(default_factory=_one_gpu)
     """As a `Stream`'s."""
 
     @classmethod

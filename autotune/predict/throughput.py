@@ -15,7 +15,9 @@ With the letters of `roofline.py`, for a micro-batch:
                         the two, and gathers whole logits unless the head is the embedding; what each rank then does
                         with all of them is left out. Over u ranks that share sequences (Ulysses, Jacobs et al.,
                         arXiv:2309.14509): n/u tokens a rank, and q, k, v and the result exchanged in each pass
-    pipeline transfer   value·n·h/t bytes to the next stage, and back, for each stage of a rank
+    pipeline transfer   value·n·h/t bytes to the next stage, and back, for each stage of a rank; of GPUs of one process
+                        that work in turn (`device_map`) as many to each but the first, and back, and the logits from
+                        the last to the first. The process issues all layers, and hooks in them
 
 and for the step:
 
@@ -74,6 +76,10 @@ HOST_ADAM_SECONDS = 0.22e-9
 """A parameter of a node, DeepSpeed's CPU-Adam: 0.22 s for 10^9 (Ren et al., arXiv:2101.06840, table 4)."""
 ZERO_3_OPERATORS = 20
 """A layer and pass: DeepSpeed's hooks before and after each of its modules. Judgement."""
+HOOK_OPERATORS = 8
+"""A layer and forward pass, that accelerate's hooks take as long as: 0.07 to 0.09 ms beside the layer's own 0.17 to
+0.19, of Qwen3 with tensors too small to count (2026-11-25, accelerate 1.15, torch 2.13, one core of an AMD EPYC virtual
+machine, three runs)."""
 
 
 def predict_trials(
@@ -105,7 +111,7 @@ def predict_trials(
             parts[part][chosen] = seconds
         issue[chosen] = trials.accumulation[chosen] * some.issued()
         peak[chosen] = peak_flops(cluster.gpu, precision)
-    sharing = trials.tensor * trials.sequence * trials.stages
+    sharing = trials.tensor * trials.sequence * trials.stages * trials.in_turn
     tokens = trials.real * trials.micro_batch * trials.length * trials.accumulation / sharing
     return StepTimes(parts, tokens, _flops_per_token(shape, trials), peak, issue)
 
@@ -157,7 +163,7 @@ class _Sharded:
         self._adapters = AdapterWork(
             self._work, trials.rank, trials.on_attention, trials.on_mlp, trials.quantized, casts
         )
-        self._replicas = trials.gpus // (trials.tensor * trials.stages)
+        self._replicas = trials.gpus // (trials.tensor * trials.stages * trials.in_turn)
         self._shards = self._replicas // trials.groups
         self._ranks = group(self._shards, trials.tensor, self._node)
         self._row_bytes = self._value * tokens * shape.hidden_size
@@ -248,7 +254,10 @@ class _Sharded:
         trials = self._trials
         far = trials.tensor * self._replicas >= self._node
         messages = 2 * trials.stages_of_rank * self._net.send(self._row_bytes / trials.tensor, far=far)
-        return np.where(trials.stages > 1, messages, 0.0)
+        near = np.zeros_like(far)
+        hops = 2 * (trials.in_turn - 1) * self._net.send(self._row_bytes, far=near)
+        logits = self._net.send(self._row_bytes / self._shape.hidden_size * self._shape.vocab_size, far=near)
+        return np.where(trials.stages > 1, messages, np.where(trials.in_turn > 1, hops + logits, 0.0))
 
     def _weight_bytes(self) -> tuple[Values, Values]:
         """Bytes of a micro-batch: weights cast for compute, gradients added to their sum.
@@ -269,6 +278,7 @@ class _Sharded:
         sharded = (4 * (trials.tensor > 1) + 4 * (trials.sequence > 1)) * OPERATOR_SECONDS
         passes = 1 + HOOKED_PASSES * np.maximum(trials.recomputed, trials.keeps_products)
         ahead, behind = (self._adapters.issue_seconds(backward=backward) for backward in (False, True))
+        ahead = ahead + HOOK_OPERATORS * OPERATOR_SECONDS * (trials.in_turn > 1)
         layer = (ISSUE_SECONDS[0] + ahead + sharded) * passes + ISSUE_SECONDS[1] + behind + sharded + hooks
         return np.asarray(self._layers * layer)
 

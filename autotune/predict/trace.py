@@ -4,16 +4,18 @@ import functools
 import gc
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autotune.modeling.build import layer_kinds
+from autotune.modeling.device_map import balanced_map, layers_of_gpus, shortened
 from autotune.modeling.stage import LOSS_CHUNKS
 from autotune.predict.fake import fake_trial
 from autotune.predict.memory import layers_of_rank
@@ -64,7 +66,7 @@ def trace_stream(
         model: the architecture.
         config: its micro-batch size and sequence length play no part.
         accumulates: an optimizer step has more than one micro-batch.
-        rank: whose step it is.
+        rank: whose step it is; of GPUs of one process, `memory.roles`.
         batches: micro-batches that go through a pipeline, `traced_batches`; without one it plays no part.
 
     Raises:
@@ -72,6 +74,8 @@ def trace_stream(
     """
     if config.pipeline_parallel_size > 1:
         return replace(_trace_pipeline(model, config, batches, rank), pieces=pieces(config))
+    if config.device_map == "auto":
+        return _trace_spread(model, config, accumulates=accumulates, role=rank)
     traced = _trace_layers(model, config, accumulates=accumulates, rank=rank)
     return replace(traced, pieces=pieces(config))
 
@@ -142,6 +146,48 @@ def _trace_pipeline(model: ModelSpec, config: TrialConfig, batches: int, rank: i
     deep = record(high)
     carried = SitedStream.between(record(low), deep, round(layers * config.pipeline_parallel_size))
     return replace(carried, fragmentation=fragmentation(step_of(deep)))
+
+
+def _trace_spread(model: ModelSpec, config: TrialConfig, *, accumulates: bool, role: int) -> Stream | SitedStream:
+    """What one GPU of the process holds. Depth counts its layers: what is on others is in their memory."""
+    placed = balanced_map(model, config)
+    depth = model.num_hidden_layers
+    layers = layers_of_gpus(placed, depth, config.gpus)
+    gpu = _gpu_of_role(role, placed, layers)
+    period = math.lcm(_period(json.dumps(model.config, sort_keys=True), config.attention), config.selective_every or 1)
+    start = sum(layers[:gpu])
+
+    def record(count: int) -> Trace:
+        # As many before it as keep the kind of its first layer.
+        short, whole = shortened(placed, gpu, count, (start - 1) % period + 1)
+        trace = record_trace(
+            model,
+            config,
+            whole,
+            TRACED_BATCH,
+            TRACED_LENGTH,
+            accumulates=accumulates,
+            spread=(short, gpu),
+        )
+        return replace(trace, layers=count)
+
+    low = TRACED_LAYERS + (layers[gpu] - TRACED_LAYERS) % period
+    high = low + period * math.ceil(4 / period)
+    if high >= layers[gpu]:
+        found: Stream | SitedStream = _whole(record(layers[gpu]))
+    else:
+        deep = record(high)
+        carried = SitedStream.between(record(low), deep, layers[gpu])
+        found = replace(carried, fragmentation=fragmentation(step_of(deep)))
+    return replace(found, gpu=gpu, layers=np.array(layers, np.int64))
+
+
+def _gpu_of_role(role: int, placed: Mapping[str, int], layers: Sequence[int]) -> int:
+    """See `autotune.predict.memory.roles`; without a GPU between, the last."""
+    used = sorted(set(placed.values()))
+    if role == 0:
+        return used[0]
+    return max(used[1:-1], key=lambda gpu: layers[gpu]) if role == 1 and len(used) > 2 else used[-1]
 
 
 def pieces(config: TrialConfig) -> int:
@@ -270,6 +316,7 @@ def record_trace(
     rank: int = 0,
     double_bytes: int | None = None,
     batches: int = 0,
+    spread: tuple[Mapping[str, int], int] | None = None,
 ) -> Trace:
     """Run the step at one size and write down what it allocates. `sequence_length` is that of a piece, see `pieces`.
 
@@ -290,10 +337,11 @@ def record_trace(
     # AutoTP gathers logits, unless the head is the embedding.
     whole_logits = config.engine == "deepspeed" and not model.config.get("tie_word_embeddings")
     shared_vocabulary = model.vocab_size // (1 if whole_logits else config.tensor_parallel_size)
-    recorder = Recorder(shared_vocabulary, update_on_host=config.offload != "none", double_bytes=double_bytes)
+    placed, gpu = (None, None) if spread is None else spread
+    recorder = Recorder(shared_vocabulary, update_on_host=config.offload != "none", double_bytes=double_bytes, gpu=gpu)
     with (
         _no_collection(),
-        fake_trial(request, recorder, rank) as trial,
+        fake_trial(request, recorder, rank, placed) as trial,
         _Marks(recorder, layers, each=not pipelined) as marks,
     ):
         engine: Any = trial.engine

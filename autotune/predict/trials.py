@@ -68,6 +68,8 @@ class Trials:
     """The matrices are held in 4 bits."""
     short_states: NDArray[np.bool_]
     """Adam's states have 8 bits."""
+    in_turn: Counts
+    """GPUs of one process, which have some of the layers each and work one after another."""
 
     @classmethod
     def of(cls, configs: Sequence[TrialConfig], workload: Workload, shape: DecoderShape) -> Self:
@@ -118,6 +120,7 @@ class Trials:
             on_mlp=np.array([config.lora_target_modules in ("all-linear", "mlp") for config in configs], bool),
             quantized=np.array([config.method == "qlora" for config in configs], bool),
             short_states=np.array([config.optimizer == "adamw_8bit" for config in configs], bool),
+            in_turn=counts([config.gpus_per_rank for config in configs]),
         )
 
     @classmethod
@@ -134,6 +137,7 @@ class Trials:
 
         gpus, batch = values("gpus").astype(np.int64), values("micro_batch_size").astype(np.int64)
         tensor, sequence, stages = (values(f"{kind}_parallel_size").astype(np.int64) for kind in SHARED)
+        in_turn = np.where(values("device_map") == "auto", gpus, 1)
         schedules = values("pipeline_schedule")
         layers, checkpointing = len(shape.layers), values("activation_checkpointing")
         every = np.where(checkpointing == "selective", values("selective_every"), layers)
@@ -158,7 +162,7 @@ class Trials:
             gpus=gpus,
             zero_stage=zero_stage,
             micro_batch=rows,
-            accumulation=space.workload.global_batch_size // (batch * (gpus // (tensor * sequence * stages))),
+            accumulation=space.workload.global_batch_size // (batch * (gpus // (tensor * sequence * stages * in_turn))),
             length=length,
             recomputed=np.where(checkpointing == "full", 1.0, selected),
             keeps_products=checkpointing == "selective_ops",
@@ -177,6 +181,7 @@ class Trials:
             on_mlp=adapted & (targets != "attention"),
             quantized=values("method") == "qlora",
             short_states=values("optimizer") == "adamw_8bit",
+            in_turn=in_turn,
         )
         return trials, kinds
 

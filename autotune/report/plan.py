@@ -96,7 +96,7 @@ def explanation_view(
     fits = memory.device_used_bytes <= usable
     verdict = Text.assemble(
         (config.describe(), "bold"),
-        f" needs {format_bytes(memory.device_used_bytes)} on the fullest GPU: ",
+        f" needs {format_bytes(memory.device_used_bytes)} on {_fullest(memory)}: ",
         ("fits", "green") if fits else ("does not fit", "yellow"),
         f" in {format_bytes(usable)}",
         f" (probability {memory.fit_probability(usable):.2f})",
@@ -267,9 +267,17 @@ def _with_first_keys(space: Space, config: TrialConfig) -> TrialConfig:
     return replace(config, deepspeed=tuple((key, space.axes[f"deepspeed.{key}"][0]) for key, _ in config.deepspeed))
 
 
+def _fullest(memory: MemoryPrediction) -> str:
+    if not memory.layers_of_gpus:
+        return "the fullest GPU"
+    layers = ", ".join(map(str, memory.layers_of_gpus))
+    return f"GPU {memory.gpu}, the fullest of {len(memory.layers_of_gpus)}, which have {layers} layers"
+
+
 def _largest_parts(memory: MemoryPrediction, count: int = 4) -> str:
     parts = sorted(memory.breakdown.items(), key=lambda item: -item[1])[:count]
-    return ", ".join(f"{part.replace('_', ' ')} {format_bytes(size)}" for part, size in parts)
+    where = f"GPU {memory.gpu}: " if memory.layers_of_gpus else ""
+    return where + ", ".join(f"{part.replace('_', ' ')} {format_bytes(size)}" for part, size in parts)
 
 
 def _refusals(space: Space) -> Iterable[Text]:
@@ -321,6 +329,7 @@ def _memory_document(memory: MemoryPrediction, usable: float) -> dict[str, Any]:
         "fit_probability": round(memory.fit_probability(usable), 4),
         "host_bytes": memory.host_bytes,
         "breakdown": {part.value: size for part, size in memory.breakdown.items()},
+        **({"gpu": memory.gpu, "layers_of_gpus": memory.layers_of_gpus} if memory.layers_of_gpus else {}),
     }
 
 

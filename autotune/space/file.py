@@ -15,6 +15,7 @@ from autotune.spec.config import (
     ActivationCheckpointing,
     Attention,
     Batching,
+    DeviceMap,
     Engine,
     LoraTargets,
     Loss,
@@ -189,6 +190,7 @@ class SearchFile(_Strict):
     data_parallel_replicate_size: Axis[PositiveInt] = [1]
     torch_compile: Axis[Annotated[bool, Field(strict=True)]] = [False]
     use_liger_kernel: Axis[StrictBool] = [False]
+    device_map: Axis[DeviceMap] = ["none"]
     numerics: NumericsFile = NumericsFile()
     batching: Axis[Batching] | None = None
     """By default `fixed` where lengths are, and `dynamic_padding` where they differ."""
@@ -225,6 +227,7 @@ class BaselineFile(_Strict):
     torch_compile: Annotated[bool, Field(strict=True)] | None = None
     use_liger_kernel: StrictBool | None = None
     fp8: StrictBool | None = None
+    device_map: DeviceMap | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 

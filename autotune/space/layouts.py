@@ -160,7 +160,7 @@ def _pipeline_layers(config: TrialConfig, _work: Workload, model: ModelSpec, _cl
     return None
 
 
-@reads("micro_batch_size", "gpus", "pipeline_schedule", *DEGREES)
+@reads("micro_batch_size", "gpus", "device_map", "pipeline_schedule", *DEGREES)
 def _pipeline_batches(config: TrialConfig, workload: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     size = config.pipeline_parallel_size
     if size == 1:
@@ -181,7 +181,7 @@ def _pipeline_batches(config: TrialConfig, workload: Workload, _model: ModelSpec
     return None
 
 
-@reads("engine", "zero_stage", "gpus", "pipeline_schedule", *DEGREES)
+@reads("engine", "zero_stage", "gpus", "device_map", "pipeline_schedule", *DEGREES)
 def _zero(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.engine != "pytorch" or config.model_parallel_size == 1 or config.gpus % config.model_parallel_size:
         return None
@@ -208,7 +208,7 @@ def _split_backward(config: TrialConfig, _work: Workload, _model: ModelSpec, _cl
     return None
 
 
-@reads("engine", "zero_stage", "gpus", "data_parallel_replicate_size", *DEGREES)
+@reads("engine", "zero_stage", "gpus", "device_map", "data_parallel_replicate_size", *DEGREES)
 def _groups(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     groups = config.data_parallel_replicate_size
     if groups == 1:

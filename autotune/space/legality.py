@@ -3,6 +3,7 @@
 from autotune.formats.targets import READ_BY_TARGETS, Target, no_target
 from autotune.space.attention import ATTENTION_RULES
 from autotune.space.compilation import COMPILATION_RULES
+from autotune.space.device_map import DEVICE_MAP_RULES
 from autotune.space.fp8 import FP8_RULES
 from autotune.space.layouts import LAYOUT_RULES
 from autotune.space.lengths import LENGTH_RULES
@@ -75,7 +76,7 @@ def _deepspeed_key_applies(key: str, config: TrialConfig) -> bool:
     return config.zero_stage >= 1
 
 
-@reads("micro_batch_size", "gpus", *DEGREES)
+@reads("micro_batch_size", "gpus", "device_map", *DEGREES)
 def _batch_divides(config: TrialConfig, workload: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     try:
         workload.gradient_accumulation_steps(config)
@@ -168,6 +169,7 @@ RULES: tuple[Rule, ...] = (
     _selective,
     _fp16_on_cpu,
     _fp16_on_host,
+    *DEVICE_MAP_RULES,
     *ATTENTION_RULES,
     *LENGTH_RULES,
 )

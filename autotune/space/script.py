@@ -70,7 +70,8 @@ def check_script(file: SpaceFile, axes: dict[str, int], where: str, folder: Path
 def script_rules(section: ScriptSection) -> tuple[Rule, ...]:
     """What the files that the command names cannot tell the script, on the hardware of the study."""
     named = sorted(names([*section.command, *section.environment.values()]) & FILES.keys())
-    return (_no_folder, *(_expressed(name, target) for name in named for target in FILES[name].targets))
+    told = (_expressed(name, target) for name in named for target in FILES[name].targets)
+    return (_no_folder, _own_layers, *told)
 
 
 @reads("offload")
@@ -78,6 +79,11 @@ def _no_folder(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster
     if config.offload != "optimizer_nvme":
         return None
     return "offload optimizer_nvme is not run with a script, which may use a disk as it likes; use our engines"
+
+
+@reads("device_map")
+def _own_layers(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    return None if config.device_map == "none" else "device_map auto is run by our engine; a script has one rank a GPU"
 
 
 def _expressed(name: str, target: Target) -> Rule:

@@ -16,6 +16,7 @@ Loss = Literal["full_logits", "chunked"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Method = Literal["full", "lora", "qlora"]
 LoraTargets = Literal["all-linear", "attention", "mlp"]
+DeviceMap = Literal["none", "auto"]
 Batching = Literal["fixed", "padded", "dynamic_padding", "packed"]
 Scalar = bool | int | float | str
 
@@ -65,6 +66,7 @@ LATER_FIELDS: dict[str, Any] = {
     "torch_compile": False,
     "use_liger_kernel": False,
     "fp8": False,
+    "device_map": "none",
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -77,7 +79,7 @@ class TrialConfig:
     engine: Engine
     """Who runs the step: DeepSpeed's ZeRO engine, or plain PyTorch (DDP and FSDP2)."""
     gpus: int
-    """World size: workers of the trial, one a GPU."""
+    """That the trial holds: the world size, one rank a GPU, except with `device_map: auto`."""
     micro_batch_size: int
     """Sequences per data-parallel rank and forward pass."""
     sequence_length: int
@@ -133,6 +135,9 @@ class TrialConfig:
     fp8: bool = False
     """Matrix products of the layers, but for the first, read fp8 values with one scale a tensor, found as they are cast
     (torchao's dynamic tensorwise scaling). Weights, gradients and all the rest are as `precision` says."""
+    device_map: DeviceMap = "none"
+    """`auto`: one process has all GPUs, each some layers in a row, and they work one after another, as transformers'
+    `from_pretrained(…, device_map="auto")` arranges it; `none`: each GPU has a process of its own."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -145,14 +150,24 @@ class TrialConfig:
             object.__setattr__(self, group, tuple(sorted(whole.items(), key=lambda item: item[0])))
 
     @property
+    def ranks(self) -> int:
+        """Processes of the trial."""
+        return 1 if self.device_map == "auto" else self.gpus
+
+    @property
+    def gpus_per_rank(self) -> int:
+        """That one process works on."""
+        return self.gpus // self.ranks
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that work on the same data: one each of tensor, sequence and pipeline parallel ranks."""
         return self.tensor_parallel_size * self.sequence_parallel_size * self.pipeline_parallel_size
 
     @property
     def data_parallel_size(self) -> int:
-        """Ranks that see different data; 0 where `gpus` does not suffice for one of them."""
-        return self.gpus // self.model_parallel_size
+        """Ranks that see different data; 0 where there are not enough for one of them."""
+        return self.ranks // self.model_parallel_size
 
     @property
     def replicas(self) -> int:
@@ -247,5 +262,7 @@ class TrialConfig:
             words.append("liger")
         if self.fp8:
             words.append("fp8")
+        if self.device_map != "none":
+            words.append(f"device_map {self.device_map}")
         words += [f"{name} {value}" for name, value in self.script]
         return " ".join(words)

@@ -46,6 +46,10 @@ class MemoryPrediction:
     """Parts of `device_used_bytes` at the peak."""
     deviation: float
     """Standard deviation of `device_used_bytes`, as a ratio of it."""
+    gpu: int = 0
+    """Which GPU of the process is the fullest, from 0 on."""
+    layers_of_gpus: tuple[int, ...] = ()
+    """How many layers each GPU of a process has; empty where a process has one."""
 
     def fit_probability(self, capacity_bytes: float) -> float:
         """Probability (0..1) that the peak stays within `capacity_bytes` of the device, the error taken as normal."""

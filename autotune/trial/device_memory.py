@@ -2,9 +2,9 @@
 
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -173,8 +173,55 @@ class CudaMemory:
         return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
 
 
-def device_memory(device: torch.device, limit_bytes: int | None) -> DeviceMemory:
-    """The memory of a rank's device."""
+class SeveralMemories:
+    """Of a process with several devices: the peaks are those of the fullest, live bytes are of all.
+
+    Args:
+        memories: one of each device.
+    """
+
+    def __init__(self, memories: Sequence[DeviceMemory]) -> None:
+        self._memories = memories
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for memory in self._memories:
+            self._stack.enter_context(memory)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def enter_phase(self, phase: Phase) -> None:
+        """See `DeviceMemory`."""
+        for memory in self._memories:
+            memory.enter_phase(phase)
+
+    def begin(self) -> None:
+        """See `DeviceMemory`."""
+        for memory in self._memories:
+            memory.begin()
+
+    def sample(self) -> None:
+        """See `DeviceMemory`."""
+        for memory in self._memories:
+            memory.sample()
+
+    def live_bytes(self) -> int:
+        """See `DeviceMemory`."""
+        return sum(memory.live_bytes() for memory in self._memories)
+
+    def peaks(self) -> MemoryPeaks:
+        """See `DeviceMemory`; any device's retry of its allocator counts."""
+        found = [memory.peaks() for memory in self._memories]
+        fullest = max(found, key=lambda peaks: peaks.device_used_bytes)
+        return replace(fullest, allocator_retries=max(peaks.allocator_retries for peaks in found))
+
+
+def device_memory(device: torch.device, limit_bytes: int | None, *more: torch.device) -> DeviceMemory:
+    """The memory of a rank's device, or of that and of `more`."""
+    if more:
+        return SeveralMemories([device_memory(each, limit_bytes) for each in (device, *more)])
     return CudaMemory(device) if device.type == "cuda" else CpuMemory(limit_bytes)
 
 

@@ -100,7 +100,7 @@ class _Gang:
         engine: str,
         storage: str,
     ) -> None:
-        self.ranks = [Rank() for _ in range(request.config.gpus)]
+        self.ranks = [Rank() for _ in range(request.config.ranks)]
         self._request, self._gpu, self._events, self._log_dir = request, cluster.gpu, events, log_dir
         self._name = f"{request.trial_id}-{uuid.uuid4().hex}"
         self._started = time.monotonic()
@@ -112,9 +112,9 @@ class _Gang:
             train_loop_config={"task": task},
             torch_config=MeetingPoint(),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=request.config.gpus,
+                num_workers=request.config.ranks,
                 use_gpu=not on_cpu,
-                resources_per_worker={"CPU": 1} if on_cpu else {"GPU": 1},
+                resources_per_worker={"CPU" if on_cpu else "GPU": request.config.gpus_per_rank},
                 placement_strategy="STRICT_PACK" if request.config.gpus <= cluster.gpus_per_node else "PACK",
             ),
             run_config=ray.train.RunConfig(

@@ -193,12 +193,12 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc] # Ray ships no types
             # Ranks of one node meet on loopback: it works whatever the host name resolves to.
             address = "127.0.0.1" if len(places) == 1 else places[0].address
             port = ray.get(pools[0].free_port.remote())
-            per_node = request.config.gpus // len(places)
+            per_node = request.config.ranks // len(places)
             running = {
                 pool.run.remote(
                     request,
                     ranks=list(range(index * per_node, (index + 1) * per_node)),
-                    world_size=request.config.gpus,
+                    world_size=request.config.ranks,
                     master_address=address,
                     master_port=port,
                     gpu_ids=place.gpu_ids,

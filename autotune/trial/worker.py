@@ -1,6 +1,7 @@
 """A rank: process group, memory, engine, measurement."""
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -50,8 +51,8 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
     """
     if request.script is not None:
         return run_script(seat, request, request.script, reporter)
-    device = _device(seat, request)
-    memory = device_memory(device, request.memory_limit_bytes)
+    device, *more = devices = _devices(seat, request)
+    memory = device_memory(device, request.memory_limit_bytes, *more)
     build = _resolve(engine)
     _join_group(request, device)
 
@@ -64,7 +65,7 @@ def run_rank(seat: Seat, request: TrialRequest, engine: str, reporter: Reporter)
         reporter.enter_stage("build", Phase.BUILD)
         built = build(request, device)
         dist.barrier()  # The parent bears silence from a rank that builds, not from others that wait for it.
-        run = _Run(built, seat, request, device, memory, enter_phase)
+        run = _Run(built, seat, request, devices, memory, enter_phase)
         memory.begin()
         reporter.enter_stage("warmup", Phase.FORWARD)
         warmup = run.warm_up()
@@ -112,15 +113,24 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def _device(seat: Seat, request: TrialRequest) -> torch.device:
+def _devices(seat: Seat, request: TrialRequest) -> list[torch.device]:
+    """Those of this rank, of which the first is current."""
     if request.device == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", seat.local_rank)
-    torch.cuda.set_device(device)
-    await_free_device(lambda: torch.cuda.mem_get_info(device))
+        return [torch.device("cpu")]
+    count = request.config.gpus_per_rank
+    devices = [torch.device("cuda", seat.local_rank * count + at) for at in range(count)]
+    torch.cuda.set_device(devices[0])
+    for device in devices:
+        await_free_device(functools.partial(torch.cuda.mem_get_info, device))
     # Offloaded optimizers run on the host's cores, which the ranks of a node share.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // seat.local_world_size))
-    return device
+    return devices
+
+
+def _synchronize(devices: list[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _join_group(request: TrialRequest, device: torch.device) -> None:
@@ -154,15 +164,16 @@ class _Run:
         engine: Engine,
         seat: Seat,
         request: TrialRequest,
-        device: torch.device,
+        devices: list[torch.device],
         memory: DeviceMemory,
         enter_phase: Callable[[Phase], None],
     ) -> None:
         self.accumulation = request.workload.micro_steps(request.config)
-        self.watch = watch_gpu(device) if request.long_run is not None else NoWatch()
-        self._engine, self._seat, self._request, self._device = engine, seat, request, device
+        # Of several devices the first is watched: they work in turn.
+        self.watch = watch_gpu(devices[0]) if request.long_run is not None else NoWatch()
+        self._engine, self._seat, self._request, self._device = engine, seat, request, devices[0]
         self._memory, self._enter_phase = memory, enter_phase
-        self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._synchronize = functools.partial(_synchronize, devices)
 
     @property
     def first_step(self) -> int:

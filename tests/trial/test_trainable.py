@@ -61,6 +61,13 @@ def test_a_trial_reserves_one_bundle_a_node(gpus: int, bundles: list[float]) -> 
     assert reserved.strategy == ("STRICT_PACK" if len(bundles) == 1 else "STRICT_SPREAD")
 
 
+def test_one_process_may_hold_all_gpus_of_a_node() -> None:
+    cluster = ClusterSpec(nodes=2, gpus_per_node=8, gpu=find_gpu("H100-80GB"))
+    config = TrialConfig(engine="pytorch", gpus=8, micro_batch_size=1, sequence_length=128, device_map="auto")
+    assert placement(config, cluster).bundles == [{"GPU": 8.0}]
+    assert (config.ranks, config.gpus_per_rank, config.data_parallel_size) == (1, 8, 1)
+
+
 @pytest.mark.slow
 def test_a_trial_over_two_nodes(tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
