@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -157,8 +158,10 @@ def test_the_report_names_the_fullest(tmp_path: Any) -> None:
     document = explanation_document(space, spread, memory, [])
     assert (document["gpu"], document["layers_of_gpus"]) == (memory.gpu, memory.layers_of_gpus)
     layers = ", ".join(map(str, memory.layers_of_gpus))
-    said = explanation_view(space, spread, memory, [])
-    assert f"on GPU {memory.gpu}, the fullest of 2, which have {layers} layers" in said.renderables[0].plain
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(explanation_view(space, spread, memory, []))
+    assert f"on GPU {memory.gpu}, the fullest of 2, which have {layers} layers" in said.get()
     plain = predict_memory(replace(spread, device_map="none"), space.model, space.workload, space.cluster)
     assert "gpu" not in explanation_document(space, spread, plain, [])
 
