@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 hf_training_script.py training_args.yaml report.json
 
-It trains five steps of a tiny, real Qwen3 and writes what it saw while it did. Of the files it knows nothing.
+With DEVICE_MAP=auto it is started by plain python, and its model is loaded with that. It trains five steps of a tiny,
+real Qwen3 and writes what it saw while it did. Of the files it knows nothing.
 """
 
 import json
@@ -14,13 +15,17 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.hooks import AlignDevicesHook
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 from autotune.engines.batches import sequence
+from autotune.modeling import device_map
 from autotune.modeling.build import checkpointed_layers, huggingface_config
+from autotune.modeling.device_map import balanced_map
+from autotune.spec.config import TrialConfig
 from autotune.spec.model import load_model
 
 SEQUENCE_LENGTH = 64
@@ -49,6 +54,24 @@ def adapt_deepspeed_to_cpu() -> None:
 def pretend_gpus() -> None:
     """accelerate shards by FSDP2 only where it believes to be on GPUs; torch's FSDP2 itself runs on CPU as well."""
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def spread(folder: Path) -> PreTrainedModel:
+    """The model of a folder, loaded with `device_map="auto"`: on a CPU that is one device, of which transformers makes
+    no map. So it is given the map of two GPUs with accelerate's hooks, all of which lead to the CPU.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="sdpa", device_map="auto"
+    )
+    adapters = {"method": "lora", "lora_rank": 1, "lora_alpha": 1, "lora_target_modules": "mlp", "device_map": "auto"}
+    config = TrialConfig.from_dict(
+        {"engine": "pytorch", "gpus": 2, "micro_batch_size": 1, "sequence_length": SEQUENCE_LENGTH, **adapters}
+    )
+    numbers = balanced_map(load_model("qwen3-tiny", Path()), config)
+    cpu = torch.device("cpu")
+    device_map.spread(model, dict.fromkeys(numbers, cpu), cpu)
+    model.hf_device_map = numbers
+    return model.train()
 
 
 class Watch:
@@ -85,6 +108,16 @@ def sharding(trainer: Trainer) -> dict[str, Any]:
         }
     if isinstance(wrapped, DistributedDataParallel):
         return {"wrapper": "ddp"}
+    if not distributed.is_initialized():
+        return {
+            "wrapper": type(wrapped).__name__,
+            "is_model_parallel": trainer.is_model_parallel,
+            "n_gpu": trainer.args.n_gpu,
+            "hooked_layers": sum(
+                isinstance(layer._hf_hook, AlignDevicesHook) for layer in checkpointed_layers(wrapped)
+            ),
+            "weights": sorted({str(parameter.dtype) for parameter in wrapped.parameters()}),
+        }
     layers = checkpointed_layers(wrapped)
     states = [layer._get_fsdp_state() for layer in layers if isinstance(layer, FSDPModule)]
     groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
@@ -119,6 +152,9 @@ def main() -> None:
     adapted = (folder / "adapter_config.json").exists()
     dtype = torch.bfloat16 if adapted else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    if os.environ.get("DEVICE_MAP") == "auto":  # as the folder's README says
+        model.save_pretrained(folder / "model")
+        model = spread(folder / "model")
     if adapted:  # as the folder's README says
         from peft import LoraConfig
 
@@ -134,9 +170,11 @@ def main() -> None:
     watch = Watch(model)
     trainer = Trainer(model, arguments, train_dataset=examples)
     result = trainer.train()
-    gathered: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, watch.rows)
-    if distributed.get_rank() == 0:
+    gathered: list[Any] = [watch.rows]
+    if distributed.is_initialized():
+        gathered = [None] * distributed.get_world_size()
+        distributed.all_gather_object(gathered, watch.rows)
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
         report = {
             "steps": trainer.state.global_step,
             "loss": result.training_loss,
@@ -149,7 +187,8 @@ def main() -> None:
             "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
         }
         Path(sys.argv[2]).write_text(json.dumps(report))
-    distributed.barrier()
+    if distributed.is_initialized():
+        distributed.barrier()
     # DeepSpeed's own gloo groups may abort the process while the interpreter ends ("terminate called without an active
     # exception"), now and then. What is tested is over by now.
     os._exit(0)

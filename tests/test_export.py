@@ -252,6 +252,31 @@ def test_states_on_a_disk_are_exported_with_the_folder_of_the_space(
     assert "below `/local_nvme`, up to 16.0 MiB on each node" in files["README.md"].read_text()
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_layers_on_the_gpus_of_one_process_need_no_launcher(
+    tmp_path: Path, store: SqlStore, launch: Callable[..., "subprocess.CompletedProcess[str]"], method: str
+) -> None:
+    search = {"engine": "pytorch", "zero_stage": 0, "micro_batch_size": 2, "device_map": "auto"}
+    study = finished_study(tmp_path, store, simulate, method=method, cluster=GPUS, search=search, baseline=...)
+    files = export_best(study, tmp_path / "out")
+    readme, script = files["README.md"].read_text(), files["launch.sh"]
+    assert "`python train.py training_args.yaml`" in readme
+    assert readme.count('and `device_map="auto"`') == 2  # for the Trainer and for accelerate
+    assert "local_rank" not in readme
+    assert "`CUDA_VISIBLE_DEVICES=0,1`" in readme
+    assert "one process on 2 GPUs, the only ones that it may see" in script.read_text()
+    here = script.parent
+    started = launch(script, "trainer", "train.py", "--mine").stdout.splitlines()
+    assert started == ["python", "train.py", f"{here}/training_args.yaml", "--mine"]
+    accelerate = yaml.safe_load(files["accelerate.yaml"].read_text())
+    assert (accelerate["num_processes"], accelerate["distributed_type"]) == (1, "NO")
+    arguments = yaml.safe_load(files["training_args.yaml"].read_text())
+    batch = study.space.workload.global_batch_size
+    assert arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] == batch
+    if method == "lora":
+        assert "--nproc-per-node 1 train.py" in export_files(study, "train-script")["train.py"]
+
+
 def test_full_training_has_no_adapters(tmp_path: Path, store: SqlStore) -> None:
     study = finished_study(tmp_path, store, simulate)
     assert "adapter_config.json" not in export_best(study, tmp_path / "out")
@@ -303,7 +328,7 @@ def launch(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """Runs a launch script with launchers that print how they were called."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("torchrun", "accelerate"):
+    for name in ("torchrun", "accelerate", "python"):
         (tools / name).write_text('#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@"\n')
         (tools / name).chmod(0o755)
     path = f"{tools}:{Path(shutil.which('bash') or '/bin/bash').parent}:/usr/bin:/bin"

@@ -68,11 +68,13 @@ def run(folder: Path, *command: object, adds_arguments: bool = False) -> dict[st
     return found
 
 
-def assert_trained(report: dict[str, Any], *, micro_batch_size: int, accumulation: int, every: int | None) -> None:
+def assert_trained(
+    report: dict[str, Any], *, micro_batch_size: int, accumulation: int, every: int | None, ranks: int = RANKS
+) -> None:
     """What passed through the model is the measured batch, in bf16, and layers were run again in the backward pass."""
     assert report["steps"] == STEPS
     assert 6 < report["loss"] < 8  # that of random weights: the logarithm of the vocabulary
-    assert report["rows"] == [[micro_batch_size] * (STEPS * accumulation)] * RANKS
+    assert report["rows"] == [[micro_batch_size] * (STEPS * accumulation)] * ranks
     once = STEPS * accumulation
     assert report["passes"] == [once * (1 + (every is not None and layer % every == 0)) for layer in range(LAYERS)]
     assert report["dtypes"] == ["torch.bfloat16"]
@@ -186,3 +188,21 @@ def test_a_ddp_winner(tmp_path: Path) -> None:
     report = run(export(tmp_path, ON_CPU, search), "torchrun", "--standalone", "--nproc-per-node", RANKS)
     assert_trained(report, micro_batch_size=2, accumulation=2, every=1)
     assert report["sharding"] == {"wrapper": "ddp"}
+
+
+def test_a_winner_with_layers_on_the_gpus_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer takes the model for one on several GPUs, and neither moves nor copies it; there is no process group."""
+    search = {"engine": "pytorch", "zero_stage": 0, "micro_batch_size": 2, "activation_checkpointing": "full"}
+    folder = export(tmp_path, ON_GPU, {**search, "device_map": "auto"}, "lora")
+    (folder / "mine.yaml").rename(folder / "training_args.yaml")
+    monkeypatch.setenv("DEVICE_MAP", "auto")
+    report = run(folder, folder / "launch.sh", "trainer", adds_arguments=True)
+    assert_trained(report, micro_batch_size=2, accumulation=4, every=1, ranks=1)
+    assert_adapters_alone_trained(report)
+    assert report["sharding"] == {
+        "wrapper": "Qwen3ForCausalLM",
+        "is_model_parallel": True,
+        "n_gpu": 1,
+        "hooked_layers": LAYERS,
+        "weights": ["torch.bfloat16", "torch.float32"],
+    }
