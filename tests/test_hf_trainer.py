@@ -191,7 +191,7 @@ def test_a_ddp_winner(tmp_path: Path) -> None:
 
 
 def test_a_winner_with_layers_on_the_gpus_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Trainer takes the model for one on several GPUs, and neither moves nor copies it; there is no process group."""
+    """The Trainer takes the model for one on several GPUs: it neither moves nor copies it, and needs no launcher."""
     search = {"engine": "pytorch", "zero_stage": 0, "micro_batch_size": 2, "activation_checkpointing": "full"}
     folder = export(tmp_path, ON_GPU, {**search, "device_map": "auto"}, "lora")
     (folder / "mine.yaml").rename(folder / "training_args.yaml")

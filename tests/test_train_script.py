@@ -27,7 +27,7 @@ BATCH, LENGTH = 4, 32
 MODEL = load_model("qwen3-tiny", Path())
 
 
-def best_folder(folder: Path, layout: dict[str, object], gpus: int, method: str = "full") -> Path:
+def best_folder(folder: Path, layout: dict[str, object], gpus: int, method: str = "full", gpu: str = "cpu") -> Path:
     """The best folder of a study whose only fast trial has the layout."""
     search = {"engine": "pytorch", "precision": "fp32", "zero_stage": [0, 3], "micro_batch_size": [1, 2]}
     searched = search | {
@@ -37,7 +37,7 @@ def best_folder(folder: Path, layout: dict[str, object], gpus: int, method: str 
         folder,
         search=searched,
         baseline=...,
-        cluster={"nodes": 1, "gpus_per_node": gpus, "gpu": "cpu", "memory_bytes": "60MiB"},
+        cluster={"nodes": 1, "gpus_per_node": gpus, "gpu": gpu, "memory_bytes": "60MiB"},
         workload={"global_batch_size": BATCH, "sequence_length": LENGTH, "learning_rate": 1e-3},
         budget={"trials": 50},
         **({} if method == "full" else {"method": method, "targets": ["autotune"]}),
@@ -108,10 +108,17 @@ def test_it_trains_on_given_tokens_and_keeps_the_weights(tmp_path: Path, layout:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "ranks"),
-    [({"zero_stage": 3}, 2), ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, 4)],
+    [
+        ({"zero_stage": 3}, 2),
+        ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, 4),
+        ({"device_map": ["auto"], "zero_stage": [0]}, 1),
+    ],
 )
 def test_it_keeps_adapters(tmp_path: Path, layout: dict[str, object], ranks: int) -> None:
-    script = best_folder(tmp_path, layout, ranks, "lora") / "train.py"
+    if "device_map" in layout:  # of a study on GPUs; one process has both
+        script = best_folder(tmp_path, layout, 2, "lora", "H100-80GB") / "train.py"
+    else:
+        script = best_folder(tmp_path, layout, ranks, "lora") / "train.py"
     tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, size=4 * BATCH * LENGTH)
     np.save(tmp_path / "tokens.npy", tokens)
     base = build_model(MODEL, "sdpa")

@@ -23,6 +23,7 @@ from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import (
     ActivationCheckpointing,
     Attention,
+    DeviceMap,
     Engine,
     LoraTargets,
     Method,
@@ -102,6 +103,7 @@ class _Trial(_Strict):
     activation_checkpointing: ActivationCheckpointing = "none"
     selective_every: Count | None = None
     attention: Attention = "sdpa"
+    device_map: DeviceMap = "none"
     deepspeed: dict[str, Scalar] = {}
 
 
@@ -229,6 +231,8 @@ def _document(identity: object, found: _Answer, cluster: ClusterSpec) -> dict[st
         "tokens_per_second_per_gpu": found.time and _digits(found.time.tokens_per_second_per_gpu),
         "model_flops_utilization": found.time and _digits(found.time.model_flops_utilization),
     }
+    if fullest.layers_of_gpus:
+        document |= {"gpu": fullest.gpu, "layers_of_gpus": list(fullest.layers_of_gpus)}
     if found.time is not None:
         document["step_time_breakdown"] = {part.value: _digits(size) for part, size in found.time.breakdown.items()}
     if found.allocated_bytes_of_all is not None:

@@ -150,6 +150,19 @@ def test_methods_with_frozen_weights() -> None:
     assert packed["step_time_seconds"] > adapted["step_time_seconds"]
 
 
+@pytest.mark.slow
+def test_layers_on_the_gpus_of_one_process() -> None:
+    """61 GiB of weights on two GPUs of 80 GB, of which one works at a time."""
+    spread = changed(LORA, "cluster", {"gpu": "H100-80GB", "gpus_per_node": 2})
+    spread = changed(spread, "config.device_map", "auto")
+    found, refused = answers([spread, spread | {"method": "full"}])
+    assert found["layers_of_gpus"] == [32, 32]
+    assert found["gpu"] == 1
+    assert found["fits"]
+    assert found["breakdown"]["parameters"] / GIB == pytest.approx(61.5 / 2, abs=0.5)
+    assert "device_map auto is for methods lora and qlora" in refused["error"]
+
+
 @pytest.mark.parametrize(
     ("lora", "word"), [({"rank": 0}, "lora.rank"), ({"dropout": 0.1}, "lora.dropout"), ({"rank": 9999}, "lora_rank")]
 )
