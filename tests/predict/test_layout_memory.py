@@ -71,6 +71,10 @@ def degrees(tensor: int = 1, sequence: int = 1, pipeline: int = 1, schedule: str
 
 
 DEEPSPEED = {"engine": "deepspeed", "zero_stage": 3, "deepspeed": dict(SMALL_BUCKETS)}
+SHARDED = DEEPSPEED | {
+    "deepspeed": {**dict(SMALL_BUCKETS), "zero_optimization.stage3_param_persistence_threshold": 1000}
+}
+"""Matrices too, which DeepSpeed leaves whole where they have less than 100,000 elements."""
 
 CASES = [
     (False, 2, 2, 2, degrees(tensor=2) | {"loss": "chunked", "activation_checkpointing": "full"}),
@@ -96,6 +100,7 @@ CASES = [
     (False, 2, 2, 2, degrees(sequence=2) | DEEPSPEED),
     (True, 8, 2, 2, degrees(sequence=2) | DEEPSPEED | {"precision": "bf16"}),
     (True, 8, 2, 4, degrees(sequence=4) | DEEPSPEED | {"activation_checkpointing": "full"}),
+    (True, 10, 2, 2, degrees(sequence=2) | SHARDED | {"activation_checkpointing": "full", "precision": "bf16"}),
     (True, 10, 1, 4, degrees(sequence=2) | DEEPSPEED | {"activation_checkpointing": "selective", "selective_every": 2}),
 ]
 
