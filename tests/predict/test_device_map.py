@@ -6,6 +6,7 @@ that has nothing from the prediction.
 
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from autotune.modeling.device_map import balanced_map, layers_of_gpus
 from autotune.predict.fake import fake_trial
 from autotune.predict.memory import context_bytes, predict_memory, rank_streams, structures
 from autotune.predict.roofline import TimePart
+from autotune.predict.shape import read_shape
 from autotune.predict.stream import PipelineStream
+from autotune.predict.trials import Trials
 from autotune.report.plan import explanation_document, explanation_view
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import TrialConfig
@@ -142,7 +145,21 @@ def test_gpus_in_turn_are_as_fast_as_one() -> None:
     assert sharded.tokens_per_second_per_gpu > 3 * trial(config(8, **fields)).tokens_per_second_per_gpu
 
 
-def test_the_report_names_the_fullest(tmp_path: Any) -> None:
+def test_candidates_in_columns_are_the_same(tmp_path: Path) -> None:
+    cluster = {"nodes": 1, "gpus_per_node": 4, "gpu": "H100-80GB"}
+    search = {"engine": "pytorch", "gpus": [2, 4], "zero_stage": [0, 3], "micro_batch_size": [1, 2]}
+    space = sample_space(
+        tmp_path, cluster=cluster, search={**search, "device_map": ["none", "auto"]}, method="lora", baseline=...
+    )
+    shape = read_shape(space.model.name, space.model.config)
+    columns, alike = Trials.of_candidates(space, shape)
+    one_by_one = Trials.of(list(space.candidates), space.workload, shape)
+    assert set(one_by_one.in_turn.tolist()) == {1, 2, 4}
+    for name in ("in_turn", "accumulation", "gpus", "micro_batch"):
+        assert getattr(columns, name)[alike].tolist() == getattr(one_by_one, name).tolist()
+
+
+def test_the_report_names_the_fullest(tmp_path: Path) -> None:
     cluster = {"nodes": 1, "gpus_per_node": 4, "gpu": "H100-80GB"}
     search = {
         "engine": "pytorch",
