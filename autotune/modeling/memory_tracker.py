@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch._C._distributed_c10d import Work
 from torch._C._dynamo import guards
-from torch._guards import TracingContext
+from torch._guards import CompileContext
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
@@ -86,19 +86,19 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._wait = Work.wait
         # What wrapping `wait` hides is no memory of the trial: see `unseen`.
         Work.wait = unseen(self._wait)  # type: ignore[method-assign]  # patched on purpose while counting: no hook exists
-        self._allocate = _COMPILED.allocate
-        _COMPILED.allocate = self._allocate_and_count
+        self._allocate = COMPILED.allocate
+        COMPILED.allocate = self._allocate_and_count
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        _COMPILED.allocate = self._allocate
+        COMPILED.allocate = self._allocate
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         Work.wait = self._wait  # type: ignore[method-assign]  # undoes the patch of `__enter__`
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if TracingContext.try_get() is not None:  # torch.compile looks through code on tensors without memory
+        if CompileContext.try_get() is not None:  # torch.compile looks through code on tensors without memory
             return func(*args, **(kwargs or {}))
         IN_FLIGHT.let_go()
         call = IN_FLIGHT.send_functional if func in FUNCTIONAL else _call
@@ -167,7 +167,7 @@ class _Compiled:
         module._empty_strided_cpu = lambda *arguments: self.allocate(*arguments)
 
 
-_COMPILED = _Compiled()
+COMPILED = _Compiled()
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Any:

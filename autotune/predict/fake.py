@@ -36,6 +36,7 @@ import autotune.engines.device_map
 import autotune.modeling.build
 from autotune.engines.engine import Engine, build_engine
 from autotune.predict import liger
+from autotune.predict.compiled import separate_compilation, without_kernels
 from autotune.predict.fake_mode import CPU, FakeData
 from autotune.spec.config import Batching, TrialConfig
 from autotune.spec.outcome import Phase
@@ -114,6 +115,10 @@ def fake_trial(
         if placed is not None:
             where = dict(placed)
             stack.enter_context(_replaced(autotune.engines.device_map, "balanced_map", lambda model, config: where))
+        if request.config.torch_compile:
+            stack.enter_context(separate_compilation())
+            for owner, name, substitute in without_kernels([FakeData, type(observer)]):
+                stack.enter_context(_replaced(owner, name, substitute))
         stack.enter_context(FakeData())
         stack.enter_context(observer)
         yield FakeTrial(build_engine(request, CPU), request)

@@ -7,6 +7,8 @@ sizes are fixed, so that far less decides on a result, and looking it up is what
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch._guards import CompileContext
+from torch._ops import HigherOrderOperator
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     FakeTensor,
@@ -77,6 +79,8 @@ class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclas
     Buffers are made real (`build_model`) and become fake when they are moved to the device.
     """
 
+    supports_higher_order_operators = True
+
     _results: ClassVar[dict[tuple[object, ...], _Made | _Several | None]] = {}
     """By operator and arguments, of all modes; None where it has to be found anew each time."""
 
@@ -89,8 +93,12 @@ class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclas
         self._attributes = dict(vars(FakeTensor(self, torch.empty(0, device="meta"), CPU)), fake_mode=None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if CompileContext.try_get() is not None:  # torch.compile has a mode of its own
+            return func(*args, **(kwargs or {}))
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # autograd asks each tensor: most of all calls
             return args[0].fake_device
+        if isinstance(func, HigherOrderOperator):  # in compiled code
+            return self.dispatch(func, types, args, kwargs or {})
         if func is _ITEM and isinstance(args[0], FakeTensor) and args[0].constant is None:
             # Booleans, and DeepSpeed's bytes, ask for trouble (an overflow, a NaN); there is none. Norms are positive.
             dtype = args[0].dtype
@@ -155,6 +163,11 @@ class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclas
         torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
         vars(fake).update(self._attributes, fake_mode=self, _fake_device=made.device)
         return fake
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """True: see `MemoryTracker`."""
+        return True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

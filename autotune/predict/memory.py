@@ -40,9 +40,8 @@ fragmentation.
 """
 
 COMPILED_DEVIATION = 0.2
-"""A ratio: how far peaks of compiled trials were from those without, of which the prediction is. They were 21 and 19 %
-lower in fp32 with 4 layers, under FSDP2 and DDP, 4 % in bf16 with 12 checkpointed layers under FSDP2, and 30 % with 12
-under DDP (two gloo ranks, 2026-11-24, torch 2.13, hidden size 64, 512 tokens)."""
+"""A ratio, on GPUs: about as much as compiling saves (4 to 30 % of peaks on two gloo ranks, torch 2.13). What is traced
+is what inductor makes for CPUs; for GPUs it may fuse otherwise, which has not been measured."""
 
 _SOURCES = (
     "engines/*.py",
@@ -51,6 +50,7 @@ _SOURCES = (
     "formats/bitsandbytes_json.py",
     "formats/peft_json.py",
     "predict/allocator.py",
+    "predict/compiled.py",
     "predict/fake.py",
     "predict/fake_mode.py",
     "predict/liger.py",
@@ -200,7 +200,7 @@ def is_traced(structure: str) -> bool:
 def deviation(cluster: ClusterSpec, *, compiled: bool = False) -> float:
     """Standard deviation of a predicted peak, as a ratio of it."""
     traced = CPU_DEVIATION if cluster.device == "cpu" else GPU_DEVIATION
-    return math.hypot(traced, COMPILED_DEVIATION * compiled)
+    return math.hypot(traced, COMPILED_DEVIATION) if compiled and cluster.device == "cuda" else traced
 
 
 def context_bytes(config: TrialConfig, cluster: ClusterSpec) -> int:
@@ -216,7 +216,6 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     """Everything that the traced step depends on, as JSON."""
     fields = config.to_dict()
     del fields["sequence_length"]
-    fields.pop("torch_compile", None)  # not traced, see `COMPILED_DEVIATION`
     fields.pop("script", None)  # what a user's script makes of its knobs is not known
     fields.pop("fp8", None)  # saves what it multiplies before the cast, as without
     for key in ZERO_QUANTIZED:  # by kernels for GPUs alone

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
@@ -133,6 +134,8 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
                 self._blocks[at] = (operator, self._double_bytes if size > 0 else -self._double_bytes, block)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if CompileContext.try_get() is not None:  # torch.compile looks through code
+            return func(*args, **(kwargs or {}))
         if func is _DEVICE:  # autograd asks each tensor: most of all calls
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)
         self._operator, self._is_double = func, False

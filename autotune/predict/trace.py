@@ -5,13 +5,12 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autotune.modeling.build import layer_kinds
@@ -372,7 +371,7 @@ def _no_collection() -> Iterator[None]:
 
 
 class _Marks:
-    """Tells the recorder where layers begin and end, through PyTorch's hooks on all modules.
+    """Tells the recorder where layers begin and end: around their call, as torch.compile would take hooks into a graph.
 
     Args:
         recorder: is told.
@@ -387,20 +386,25 @@ class _Marks:
         self._layers: dict[int, int] = {}  # id of a module -> its number
         self._micro_step = -1
         self._phase = Phase.START
+        self._undo: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "_Marks":
-        self._stack = ExitStack()
-        if not self._each:
-            return self
-        for handle in (
-            register_module_forward_pre_hook(self._before_forward),
-            register_module_forward_hook(self._after_forward),
-        ):
-            self._stack.callback(handle.remove)
+        if self._each:
+            layer: Any = GradientCheckpointingLayer
+            call = layer.__call__
+
+            def marked(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+                self._before_forward(module, args)
+                output = call(module, *args, **kwargs)
+                self._after_forward(module, output)
+                return output
+
+            layer.__call__ = marked
+            self._undo = lambda: setattr(layer, "__call__", call)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        self._undo()
 
     def on_phase(self, phase: Phase) -> None:
         """The trial enters a phase."""
@@ -412,16 +416,15 @@ class _Marks:
             self._recorder.enter(self._micro_step, "before")
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
-        # In the backward pass layers run again where activations are checkpointed.
-        if self._phase is not Phase.FORWARD or not isinstance(module, GradientCheckpointingLayer):
+        if self._phase is not Phase.FORWARD:
             return
         layer = self._layers.setdefault(id(module), len(self._layers))
         self._recorder.enter(self._micro_step, "forward", layer)
         if layer == 0:
             self._when_gradient(args[0], "after", 0)
 
-    def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if self._phase is not Phase.FORWARD or not isinstance(module, GradientCheckpointingLayer):
+    def _after_forward(self, module: torch.nn.Module, output: Any) -> None:
+        if self._phase is not Phase.FORWARD:
             return
         layer = self._layers[id(module)]
         self._when_gradient(output[0] if isinstance(output, tuple) else output, "backward", layer)

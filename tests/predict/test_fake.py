@@ -10,12 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers.masking_utils
+from torch._C._dynamo import guards
+from torch._inductor.async_compile import AsyncCompile
 from torch.nn.parallel import DistributedDataParallel
 
 from autotune.errors import UsageError
 from autotune.formats.deepspeed_json import async_io_error
-from autotune.modeling.memory_tracker import MemoryTracker
+from autotune.modeling.memory_tracker import COMPILED, MemoryTracker
 from autotune.predict.fake import fake_trial
+from autotune.predict.fake_mode import FakeData
 from autotune.spec.config import ActivationCheckpointing, Engine, Offload, Precision, Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
 from autotune.spec.request import TrialRequest
@@ -210,6 +213,11 @@ def surroundings() -> tuple[object, ...]:
         transformers.masking_utils.find_packed_sequence_indices,
         DistributedDataParallel._ddp_init_helper,
         torch.UntypedStorage.resize_,
+        vars(guards)["_reinterpret_tensor"],
+        AsyncCompile.cpp_pybinding,
+        COMPILED.allocate,
+        FakeData.__torch_dispatch__,
+        MemoryTracker.__torch_dispatch__,
         dict(os.environ),
     )
 
@@ -220,6 +228,19 @@ def test_everything_is_as_before_even_after_an_error(engine: Engine) -> None:
     with pytest.raises(ZeroDivisionError), fake_trial(a_request(engine, 0), MemoryTracker()):
         raise ZeroDivisionError
     assert surroundings() == before
+
+
+def compiled(request: TrialRequest) -> TrialRequest:
+    return replace(request, config=replace(request.config, torch_compile=True))
+
+
+def test_compiled_layers_need_less_and_leave_nothing_behind() -> None:
+    before = surroundings()
+    request = a_request("pytorch", 3, accumulation=1)
+    whole = traced_peak(request)
+    assert 0.7 * whole < traced_peak(compiled(request)) < 0.98 * whole
+    assert surroundings() == before
+    assert traced_peak(request) == whole
 
 
 def test_an_engine_that_refuses_leaves_nothing_behind() -> None:

@@ -1,5 +1,5 @@
-"""Memory of LoRA, and of optimizer states of 8 bits: what is traced against what real gloo ranks reach, on every
-engine, stage and layout.
+"""Memory of LoRA, of optimizer states of 8 bits and of compiled layers: what is traced against what real gloo ranks
+reach, on every engine, stage and layout.
 """
 
 from collections.abc import Iterator
@@ -31,6 +31,10 @@ def lora(engine: str, stage: int, **fields: Any) -> dict[str, Any]:
 def short_states(engine: str, stage: int, **fields: Any) -> dict[str, Any]:
     keys = {"deepspeed": dict(SMALL_BUCKETS)} if engine == "deepspeed" else {}
     return {"engine": engine, "zero_stage": stage, "precision": "bf16", "optimizer": "adamw_8bit", **keys, **fields}
+
+
+def compiled(stage: int, **fields: Any) -> dict[str, Any]:
+    return {"engine": "pytorch", "zero_stage": stage, "precision": "bf16", "torch_compile": True, **fields}
 
 
 FULL = {"activation_checkpointing": "full"}
@@ -68,6 +72,13 @@ CASES = [
     *((True, 12, 2, 2, short_states("deepspeed", stage, **FULL)) for stage in range(4)),
     (True, 12, 2, 2, short_states("deepspeed", 0, precision="fp32")),
     (True, 12, 2, 2, short_states("deepspeed", 2, method="lora", lora_rank=4, lora_alpha=8, lora_target_modules="mlp")),
+    (True, 12, 2, 2, compiled(3)),
+    (True, 12, 2, 2, compiled(0)),
+    (True, 4, 2, 2, compiled(0, precision="fp32")),
+    (True, 8, 2, 2, compiled(2, precision="fp32", **FULL)),
+    (True, 8, 1, 2, compiled(3, activation_checkpointing="selective", selective_every=2)),
+    (True, 12, 2, 2, compiled(3, **FULL, offload="optimizer+parameters")),
+    (True, 12, 2, 2, compiled(3, method="lora", lora_rank=4, lora_alpha=8, lora_target_modules="all-linear")),
 ]
 
 

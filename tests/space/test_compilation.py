@@ -1,12 +1,13 @@
 """`torch_compile`: searched where it is stated, refused with what it does not go with, dropped without a compiler."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autotune.formats.targets import cannot_express
-from autotune.predict.memory import deviation, predict_memory, structures
+from autotune.predict.memory import deviation, structures
 from autotune.space.compilation import COMPILATION_RULES
 from autotune.spec.cluster import ClusterSpec, find_gpu
 from autotune.spec.config import TrialConfig
@@ -70,19 +71,12 @@ def test_who_runs_it() -> None:
     assert "compile the model in one piece" in (cannot_express("hf_trainer", config, "cuda") or "")
 
 
-def test_it_is_predicted_as_without_and_less_surely(tmp_path: Path) -> None:
+def test_on_gpus_it_is_predicted_less_surely(tmp_path: Path) -> None:
     space = sample_space(tmp_path, search={"engine": "pytorch", "zero_stage": 0, "torch_compile": [False, True]})
     without, compiled = (
         next(config for config in space.candidates if config.torch_compile == value) for value in (False, True)
     )
-    asked = [structures(space.model, config, accumulates=True) for config in (without, compiled)]
-    assert asked[0] == asked[1]
-    first, second = (
-        predict_memory(config, space.model, space.workload, space.cluster) for config in (without, compiled)
-    )
-    assert first.device_used_bytes == second.device_used_bytes
-    assert (first.deviation, second.deviation) == (
-        deviation(space.cluster),
-        deviation(space.cluster, compiled=True),
-    )
-    assert second.deviation > 0.1 > first.deviation
+    assert structures(space.model, without, accumulates=True) != structures(space.model, compiled, accumulates=True)
+    assert deviation(space.cluster, compiled=True) > 0.1 > deviation(space.cluster)
+    on_cpu = replace(space.cluster, device="cpu")
+    assert deviation(on_cpu, compiled=True) == deviation(on_cpu)
