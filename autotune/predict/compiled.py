@@ -36,7 +36,7 @@ def without_kernels(modes: Iterable[type[TorchDispatchMode]]) -> Iterator[tuple[
     yield COMPILED, "allocate", _buffer
     yield guards, "_reinterpret_tensor", _view
     for mode in modes:
-        yield mode, "__torch_dispatch__", torch._dynamo.disable(mode.__torch_dispatch__)
+        yield mode, "__torch_dispatch__", torch._dynamo.disable(mode.__torch_dispatch__)  # type: ignore[no-untyped-call]  # torch has not annotated it
 
 
 def _buffer(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:

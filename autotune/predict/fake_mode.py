@@ -98,7 +98,8 @@ class FakeData(FakeTensorMode):  # type: ignore[no-untyped-call]  # its metaclas
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # autograd asks each tensor: most of all calls
             return args[0].fake_device
         if isinstance(func, HigherOrderOperator):  # in compiled code
-            return self.dispatch(func, types, args, kwargs or {})
+            operator: Any = func
+            return self.dispatch(operator, types, args, kwargs or {})
         if func is _ITEM and isinstance(args[0], FakeTensor) and args[0].constant is None:
             # Booleans, and DeepSpeed's bytes, ask for trouble (an overflow, a NaN); there is none. Norms are positive.
             dtype = args[0].dtype

@@ -284,7 +284,7 @@ class _Cells:
         pipeline = values("pipeline_parallel_size")
         processes = np.where(np.array(space.axes["device_map"])[columns["device_map"]] == "auto", 1, values("gpus"))
         ranks = processes // (values("tensor_parallel_size") * values("sequence_parallel_size") * pipeline)
-        steps = space.workload.global_batch_size // (self._batch * ranks)
+        steps: NDArray[np.int64] = space.workload.global_batch_size // (self._batch * ranks)
         return np.where(pipeline > 1, steps, np.minimum(steps, 2))
 
 
