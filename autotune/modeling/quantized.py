@@ -81,4 +81,5 @@ def write_packed_weights(model: PreTrainedModel, placed: Mapping[str, torch.devi
                 stated = {key: getattr(module.weight, key) for key in ("compress_statistics", "quant_type")}
                 packed, state = quantize_4bit(whole, blocksize=BLOCK, quant_storage=module.quant_storage, **stated)
                 module.weight, module.quant_state = torch.nn.Parameter(packed, requires_grad=False), state
-                vars(module.weight).update(stated)  # which PEFT asks for where it finds weights with values
+                for key, value in stated.items():  # PEFT asks for them where it finds weights with values
+                    setattr(module.weight, key, value)
