@@ -6,7 +6,7 @@ from autotune.space.rule import Rule, reads
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import SECOND_PARTITION, ZERO_QUANTIZED, TrialConfig
 from autotune.spec.model import ModelSpec
-from autotune.spec.nvme import stored_bytes
+from autotune.spec.nvme import BUFFERS, BUFFERS_KEY, PIPELINES, stored_bytes
 from autotune.spec.workload import Workload
 from autotune.units import format_bytes
 
@@ -44,6 +44,17 @@ def _tried(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: Cl
     return None
 
 
+@reads("offload", *(f"deepspeed.{key}" for key in (BUFFERS_KEY, *PIPELINES)))
+def _buffers(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.offload != "optimizer_nvme":
+        return None
+    keys = dict(config.deepspeed)
+    needed, given = BUFFERS * (1 + sum(bool(keys.get(key)) for key in PIPELINES)), keys.get(BUFFERS_KEY, BUFFERS)
+    if float(given) >= needed:
+        return None
+    return f"offload optimizer_nvme runs out of buffers in an update: {BUFFERS_KEY} is {given}, and it needs {needed}"
+
+
 @reads("offload", "gpus")
 def _disk(config: TrialConfig, _work: Workload, model: ModelSpec, cluster: ClusterSpec) -> str | None:
     if config.offload != "optimizer_nvme":
@@ -67,4 +78,4 @@ def _async_io(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: 
     return None if reason is None else f"offload optimizer_nvme cannot run: {reason}"
 
 
-NVME_RULES: tuple[Rule, ...] = (_stage, _tried, _disk, _async_io)
+NVME_RULES: tuple[Rule, ...] = (_stage, _tried, _buffers, _disk, _async_io)

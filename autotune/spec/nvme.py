@@ -21,6 +21,8 @@ SUB_GROUP_KEY = "zero_optimization.sub_group_size"
 BUFFERS = 4
 """DeepSpeed's own, runtime/zero/offload_config.py: one for each of the four."""
 BUFFERS_KEY = "zero_optimization.offload_optimizer.buffer_count"
+PIPELINES = tuple(f"zero_optimization.offload_optimizer.pipeline_{way}" for way in ("read", "write"))
+"""Keys that have the sub-group before written, or the next one read, meanwhile: each takes `BUFFERS` more."""
 
 
 def stored_bytes(config: TrialConfig, model: ModelSpec, gpus_per_node: int) -> int:

@@ -104,6 +104,24 @@ def test_what_has_not_been_tried_is_refused(fields: dict[str, Any], reason: str 
 
 
 @pytest.mark.parametrize(
+    ("count", "read", "write", "fits"),
+    [
+        (3, False, False, False),
+        (4, False, False, True),
+        (8, True, False, True),
+        (8, True, True, False),
+        (12, True, True, True),
+    ],
+)
+def test_each_sub_group_in_flight_has_buffers(count: int, read: bool, write: bool, fits: bool) -> None:
+    keys = {"buffer_count": count, "pipeline_read": read, "pipeline_write": write}
+    given = {f"zero_optimization.offload_optimizer.{key}": value for key, value in keys.items()}
+    reason = refusal(states(deepspeed=given), on_nodes())
+    assert (reason is None) == fits
+    assert fits or f"buffer_count is {count}, and it needs {4 + 4 * read + 4 * write}" in str(reason)
+
+
+@pytest.mark.parametrize(
     ("section", "says"),
     [
         ({"path": "local_nvme"}, "nvme.path: found 'local_nvme'; a folder on each node begins with /"),
