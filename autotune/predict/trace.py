@@ -32,7 +32,7 @@ from autotune.predict.segments import (
 from autotune.predict.stream import SitedStream, Stream
 from autotune.predict.structure import MAX_WHOLE_LAYERS, Structure
 from autotune.spec.adapters import adapted_matrices, trainable_parameters
-from autotune.spec.config import Attention, TrialConfig
+from autotune.spec.config import GATHERED_LIMITS, MOST_GATHERED, Attention, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Phase
 from autotune.spec.prediction import Part
@@ -49,9 +49,6 @@ class Inspectable(Protocol):
 
 SUB_GROUP_SIZE = 10**9
 """Elements; DeepSpeed 0.19's own, runtime/zero/config.py."""
-MOST_GATHERED = 10**9
-"""Elements; DeepSpeed 0.19's own for both of `_GATHERED`, runtime/zero/config.py."""
-_GATHERED = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 UNCUT = 10**15
 _SUB_GROUP_SIZE = "zero_optimization.sub_group_size"
 
@@ -228,7 +225,7 @@ def _released_depth(model: ModelSpec, config: TrialConfig) -> int:
     """
     layer = (model.num_parameters - _outside(model)) / model.num_hidden_layers / config.tensor_parallel_size
     keys = dict(config.deepspeed)
-    limit = max(float(keys.get(f"zero_optimization.{name}", MOST_GATHERED)) for name in _GATHERED)
+    limit = max(float(keys.get(key, MOST_GATHERED)) for key in GATHERED_LIMITS)
     if TRACED_LAYERS * layer > limit:
         return TRACED_LAYERS
     return math.ceil((limit + _embedding_size(model)) / layer) + 1

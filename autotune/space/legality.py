@@ -14,7 +14,7 @@ from autotune.space.optimizers import OPTIMIZER_RULES
 from autotune.space.quantized_zero import QUANTIZED_ZERO_RULES
 from autotune.space.rule import DEGREES, Rule, reads
 from autotune.spec.cluster import ClusterSpec
-from autotune.spec.config import SECOND_PARTITION, TrialConfig
+from autotune.spec.config import GATHERED_LIMITS, MOST_GATHERED, SECOND_PARTITION, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
@@ -143,6 +143,25 @@ def _selective(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster:
     return None
 
 
+@reads("activation_checkpointing", "engine", "zero_stage", *(f"deepspeed.{key}" for key in GATHERED_LIMITS))
+def _selective_ops(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    """Operators that come only when a layer runs again, which torch refuses (torch/utils/checkpoint.py).
+
+    ZeRO-3 has them where it gives up and gathers again what a layer needs. Small models failed at most limits below 0.4
+    of their parameters and at none from 0.5 on (0.19.8); the bound is twice that.
+    """
+    if config.activation_checkpointing != "selective_ops" or (config.engine, config.zero_stage) != ("deepspeed", 3):
+        return None
+    keys = dict(config.deepspeed)
+    kept = min(int(keys.get(key, MOST_GATHERED)) for key in GATHERED_LIMITS)
+    if model.num_parameters <= kept:
+        return None
+    return (
+        f"activation_checkpointing selective_ops fails under zero_stage 3 of engine deepspeed where it gathers parameters"
+        f" again: {model.name} has {model.num_parameters} and keeps {kept}; use full or selective"
+    )
+
+
 @reads("precision", "engine")
 def _fp16_on_cpu(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
     if config.precision == "fp16" and cluster.device == "cpu" and config.engine == "deepspeed":
@@ -166,6 +185,7 @@ RULES: tuple[Rule, ...] = (
     _pytorch_stage,
     _offload,
     _second_partition,
+    _selective_ops,
     _selective,
     _fp16_on_cpu,
     _fp16_on_host,

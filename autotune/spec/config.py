@@ -39,6 +39,12 @@ FLASH_ATTENTION: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_
 SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
 """DeepSpeed's key of ZeRO++'s hpZ."""
 
+GATHERED_LIMITS = ("zero_optimization.stage3_max_live_parameters", "zero_optimization.stage3_max_reuse_distance")
+"""DeepSpeed's keys of how many elements ZeRO-3 keeps gathered for their next use."""
+
+MOST_GATHERED = 10**9
+"""Elements; DeepSpeed 0.19's own for both of `GATHERED_LIMITS`, runtime/zero/config.py."""
+
 REDUCE_SCATTER = "zero_optimization.reduce_scatter"
 """DeepSpeed's key of how ZeRO-3 divides gradients: by a reduce-scatter, which is its default, or an all-reduce."""
 

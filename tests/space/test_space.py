@@ -133,6 +133,19 @@ def test_identity_changes_with_the_work_and_not_with_axes_or_budget(tmp_path: Pa
     assert sample_space(tmp_path, measure={"micro_steps": 8}).identity != identity
 
 
+def test_operators_are_not_watched_where_zero_3_gathers_again(tmp_path: Path) -> None:
+    key = "zero_optimization.stage3_max_live_parameters"
+    search = {"engine": "deepspeed", "zero_stage": [2, 3], "activation_checkpointing": ["full", "selective_ops"]}
+    space = sample_space(tmp_path, search=search | {"deepspeed": {key: [1000, 1_000_000_000]}}, baseline=...)
+    watched = {
+        (c.zero_stage, dict(c.deepspeed).get(key))
+        for c in space.candidates
+        if c.activation_checkpointing == "selective_ops"
+    }
+    assert watched == {(2, None), (3, 1_000_000_000)}
+    assert any("and keeps 1000; use full or selective" in reason for reason in space.illegal)
+
+
 def test_a_second_partition_divides_the_ranks_of_zero_3(tmp_path: Path) -> None:
     key = "zero_optimization.zero_hpz_partition_size"
     search = {"engine": "deepspeed", "zero_stage": [2, 3], "deepspeed": {key: [1, 2, 3]}}
