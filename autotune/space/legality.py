@@ -157,8 +157,8 @@ def _selective_ops(config: TrialConfig, _work: Workload, model: ModelSpec, _clus
     if model.num_parameters <= kept:
         return None
     return (
-        f"activation_checkpointing selective_ops fails under zero_stage 3 of engine deepspeed where it gathers parameters"
-        f" again: {model.name} has {model.num_parameters} and keeps {kept}; use full or selective"
+        f"activation_checkpointing selective_ops fails under zero_stage 3 of engine deepspeed where it gathers"
+        f" parameters again: {model.name} has {model.num_parameters} and keeps {kept}; use full or selective"
     )
 
 
