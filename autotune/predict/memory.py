@@ -60,6 +60,7 @@ _SOURCES = (
     "predict/stream.py",
     "predict/structure.py",
     "predict/trace.py",
+    "predict/zero.py",
 )
 _DEFAULT_WINDOWS = dict.fromkeys(("mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text"), 4096)
 """Positions, by model_type: the sliding window where a config names none. Source: transformers, configuration_*.py."""

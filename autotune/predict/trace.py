@@ -31,8 +31,8 @@ from autotune.predict.segments import (
 )
 from autotune.predict.stream import SitedStream, Stream
 from autotune.predict.structure import MAX_WHOLE_LAYERS, Structure
-from autotune.spec.adapters import adapted_matrices, trainable_parameters
-from autotune.spec.config import GATHERED_LIMITS, MOST_GATHERED, Attention, TrialConfig
+from autotune.predict.zero import all_at_once, first_depth, largest_double_bytes
+from autotune.spec.config import Attention, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Phase
 from autotune.spec.prediction import Part
@@ -45,12 +45,6 @@ class Inspectable(Protocol):
 
     def living_tensors(self) -> dict[str, list[torch.Tensor]]:
         """What lives between passes, by `Part`."""
-
-
-SUB_GROUP_SIZE = 10**9
-"""Elements; DeepSpeed 0.19's own, runtime/zero/config.py."""
-UNCUT = 10**15
-_SUB_GROUP_SIZE = "zero_optimization.sub_group_size"
 
 
 def trace_stream(
@@ -91,10 +85,10 @@ def _trace_layers(model: ModelSpec, config: TrialConfig, *, accumulates: bool, r
             double_bytes=None if layers == depth else double_bytes,
         )
 
-    double_bytes = _largest_double_bytes(model, config)
+    double_bytes = largest_double_bytes(model, config)
     if depth <= MAX_WHOLE_LAYERS:
         return _whole(record(depth, TRACED_BATCH, TRACED_LENGTH))
-    config, update_share = _all_at_once(model, config)
+    config, update_share = all_at_once(model, config)
     period = _period(json.dumps(model.config, sort_keys=True), config.attention)
     # FSDP2 works on a layer at a time; without replicas there are no buckets either.
     alone = config.model_parallel_size > 1 and config.replicas == 1
@@ -111,7 +105,7 @@ def _trace_layers(model: ModelSpec, config: TrialConfig, *, accumulates: bool, r
             return replace(repeated, fragmentation=fragmentation(_deep_step(shallow, deeper, depth)))
     # Depths that hold whole periods and the same rest differ by whole periods: the line in depth is then theirs.
     period = math.lcm(period, config.selective_every or 1)
-    low = _first_depth(model, config)
+    low = first_depth(model, config)
     low += (depth - low) % period
     high = low + period * math.ceil((2 if config.zero_stage == 3 else 4) / period)
     if high >= depth:
@@ -203,102 +197,6 @@ def _deep_step(shallow: Trace, deeper: Trace, layers: int) -> list[Event]:
 
 def _whole(trace: Trace) -> Stream:
     return replace(Stream.of(trace), fragmentation=fragmentation(step_of(trace)))
-
-
-def _first_depth(model: ModelSpec, config: TrialConfig) -> int:
-    """Layers of the first trace: so many that memory grows evenly with each further one."""
-    if config.engine != "deepspeed":
-        return TRACED_LAYERS
-    if config.zero_stage == 3:
-        return _released_depth(model, config)
-    return _uneven_depth(model, config) if config.zero_stage > 0 else TRACED_LAYERS
-
-
-def _released_depth(model: ModelSpec, config: TrialConfig) -> int:
-    """Layers of the first trace under ZeRO-3, which keeps gathered what it needs again soon.
-
-    It releases a module's parameters unless the next use is within `stage3_max_reuse_distance` elements, and gathers
-    ahead until `stage3_max_live_parameters` are there (deepspeed/runtime/zero/partitioned_param_coordinator.py). A
-    model that is smaller keeps all its layers, so that a line in depth would carry on what a deeper one releases. Where
-    the first three layers are more than those limits, three do; else it was seen to be even from a layer behind limits
-    and embedding on (Qwen2.5-7B and 14B, Qwen3-4B, 8B and 14B against traces of all their layers).
-    """
-    layer = (model.num_parameters - _outside(model)) / model.num_hidden_layers / config.tensor_parallel_size
-    keys = dict(config.deepspeed)
-    limit = max(float(keys.get(key, MOST_GATHERED)) for key in GATHERED_LIMITS)
-    if TRACED_LAYERS * layer > limit:
-        return TRACED_LAYERS
-    return math.ceil((limit + _embedding_size(model)) / layer) + 1
-
-
-def _outside(model: ModelSpec) -> int:
-    """Elements that are in no layer."""
-    return _embedding_size(model) * (1 if model.config.get("tie_word_embeddings") else 2)
-
-
-def _uneven_depth(model: ModelSpec, config: TrialConfig) -> int:
-    """Layers of the first trace where buckets or partitions end within layers.
-
-    Under stages 1 and 2 of DeepSpeed a rank keeps the gradients of each parameter of which its partition has a piece.
-    Where that of the whole model is more than the embedding, so must be that of the traced one.
-    """
-    if config.method != "full":
-        return TRACED_LAYERS  # adapters are all small
-    embedding, parameters = _embedding_size(model, config), _trained(model, config)
-    least = config.data_parallel_size * embedding
-    if parameters < least:
-        return TRACED_LAYERS
-    tied = model.config.get("tie_word_embeddings")
-    outside = embedding if tied else embedding + _embedding_size(model) // config.tensor_parallel_size
-    layer = (parameters - outside) / model.num_hidden_layers
-    return max(TRACED_LAYERS, math.ceil((1.02 * least - outside) / layer))
-
-
-def _embedding_size(model: ModelSpec, config: TrialConfig | None = None) -> int:
-    """Elements; with a config of DeepSpeed, of one rank.
-
-    AutoTP follows transformers' plan: all matrices are shared but the embedding, and that too where it is the head.
-    """
-    size = model.vocab_size * int(model.config["hidden_size"])
-    shared = config is not None and model.config.get("tie_word_embeddings")
-    return size // config.tensor_parallel_size if config is not None and shared else size
-
-
-def _trained(model: ModelSpec, config: TrialConfig) -> int:
-    """Elements of what a rank of DeepSpeed trains, before ZeRO divides it."""
-    whole = trainable_parameters(model, config)
-    if config.tensor_parallel_size == 1:
-        return whole
-    embedding = _embedding_size(model)
-    return (whole - embedding) // config.tensor_parallel_size + _embedding_size(model, config)
-
-
-def _largest_double_bytes(model: ModelSpec, config: TrialConfig) -> int | None:
-    """Bytes of the largest fp64 copy of a gradient, which DeepSpeed makes for the norm.
-
-    It copies one after another what a rank has of each parameter (deepspeed/runtime/zero/stage_1_and_2.py,
-    `get_grad_norm_direct`). In a shallow model a partition of stages 1 and 2 can be less than the embedding.
-    """
-    if config.engine != "deepspeed" or config.zero_stage not in (1, 2):
-        return None
-    largest = _embedding_size(model, config)
-    if config.lora_target_modules is not None and config.lora_rank is not None:
-        largest = config.lora_rank * max(map(max, adapted_matrices(model, config.lora_target_modules).values()))
-    return 8 * min(largest, _trained(model, config) // config.data_parallel_size)
-
-
-def _all_at_once(model: ModelSpec, config: TrialConfig) -> tuple[TrialConfig, float]:
-    """The config with an update that is not cut, and the share (0..1) of the parameters that it works on at a time.
-
-    ZeRO-3 updates `sub_group_size` elements of a rank's partition after another (deepspeed/runtime/zero/stage3.py). A
-    shallow model fits in one such group and would say that the whole of a deep one does.
-    """
-    if config.engine != "deepspeed" or config.zero_stage != 3:
-        return config, 1.0
-    keys = dict(config.deepspeed)
-    size = float(keys.get(_SUB_GROUP_SIZE, SUB_GROUP_SIZE))
-    uncut = replace(config, deepspeed=tuple((keys | {_SUB_GROUP_SIZE: UNCUT}).items()))
-    return uncut, min(1.0, size * config.shards / _trained(model, config))
 
 
 def record_trace(
