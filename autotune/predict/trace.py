@@ -5,12 +5,13 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autotune.modeling.build import layer_kinds
@@ -236,7 +237,7 @@ def record_trace(
     with (
         _no_collection(),
         fake_trial(request, recorder, rank, placed) as trial,
-        _Marks(recorder, layers, each=not pipelined) as marks,
+        _Marks(recorder, layers, each=not pipelined, compiled=config.torch_compile) as marks,
     ):
         engine: Any = trial.engine
         if config.engine == "deepspeed" and config.zero_stage == 3:
@@ -266,40 +267,54 @@ def _no_collection() -> Iterator[None]:
 
 
 class _Marks:
-    """Tells the recorder where layers begin and end: around their call, as torch.compile would take hooks into a graph.
+    """Tells the recorder where layers begin and end.
+
+    By PyTorch's hooks on all modules, which come before those of FSDP2 and ZeRO; torch.compile would take them into its
+    graphs, so that compiled layers are marked around their call.
 
     Args:
         recorder: is told.
         layers: how many there are.
         each: False for no layers, only passes and the update.
+        compiled: whether layers are compiled.
     """
 
-    def __init__(self, recorder: Recorder, layers: int, *, each: bool) -> None:
+    def __init__(self, recorder: Recorder, layers: int, *, each: bool, compiled: bool) -> None:
         self._each = each
+        self._compiled = compiled
         self._recorder = recorder
         self._last = layers - 1
         self._layers: dict[int, int] = {}  # id of a module -> its number
         self._micro_step = -1
         self._phase = Phase.START
-        self._undo: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "_Marks":
-        if self._each:
-            layer: Any = GradientCheckpointingLayer
-            call = layer.__call__
-
-            def marked(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-                self._before_forward(module, args)
-                output = call(module, *args, **kwargs)
-                self._after_forward(module, output)
-                return output
-
-            layer.__call__ = marked
-            self._undo = lambda: setattr(layer, "__call__", call)
+        self._stack = ExitStack()
+        if self._each and self._compiled:
+            self._mark_calls()
+        elif self._each:
+            for handle in (
+                register_module_forward_pre_hook(self._before_forward),
+                register_module_forward_hook(self._after_forward),
+            ):
+                self._stack.callback(handle.remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._undo()
+        self._stack.close()
+
+    def _mark_calls(self) -> None:
+        layer: Any = GradientCheckpointingLayer
+        call = layer.__call__
+
+        def marked(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self._before_forward(module, args)
+            output = call(module, *args, **kwargs)
+            self._after_forward(module, args, output)
+            return output
+
+        layer.__call__ = marked
+        self._stack.callback(setattr, layer, "__call__", call)
 
     def on_phase(self, phase: Phase) -> None:
         """The trial enters a phase."""
@@ -311,15 +326,16 @@ class _Marks:
             self._recorder.enter(self._micro_step, "before")
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
-        if self._phase is not Phase.FORWARD:
+        # In the backward pass layers run again where activations are checkpointed.
+        if self._phase is not Phase.FORWARD or not isinstance(module, GradientCheckpointingLayer):
             return
         layer = self._layers.setdefault(id(module), len(self._layers))
         self._recorder.enter(self._micro_step, "forward", layer)
         if layer == 0:
             self._when_gradient(args[0], "after", 0)
 
-    def _after_forward(self, module: torch.nn.Module, output: Any) -> None:
-        if self._phase is not Phase.FORWARD:
+    def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._phase is not Phase.FORWARD or not isinstance(module, GradientCheckpointingLayer):
             return
         layer = self._layers[id(module)]
         self._when_gradient(output[0] if isinstance(output, tuple) else output, "backward", layer)
