@@ -36,7 +36,8 @@ def test_a_study_outlives_its_pool_and_its_trials_drivers(tmp_path: Path) -> Non
         env={**os.environ, "PYTHONPATH": ROOT, "XDG_CACHE_HOME": str(tmp_path / "cache")},
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    # Behind the report Ray may say that workers were killed.
+    (report,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     attempts = report["attempts"]
     assert [(a["trial"], a["outcome"]) for a in attempts] == [
         (trial, outcome) for trial in (1, 2) for outcome in ("worker_lost", "worker_lost", "measurement")

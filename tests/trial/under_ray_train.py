@@ -46,7 +46,7 @@ def main(folder: Path, cores: int, trials: list[str]) -> None:
         if trial.startswith("sleep"):
             request = dataclasses.replace(request, stall_seconds=3.0)
         if trial.startswith("slow"):
-            request = dataclasses.replace(request, stall_seconds=2.0, timeout_seconds=2.5)
+            request = dataclasses.replace(request, stall_seconds=2.0, timeout_seconds=1.5)
         started = time.monotonic()
         outcome = run_trial(request, cluster, study="faults", log_dir=str(folder / "logs"), engine=FAULTY)
         found.append(outcome.to_dict() | {"seconds": time.monotonic() - started, "left": ranks_left()})
