@@ -168,13 +168,13 @@ class Ranks:
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
         for connection in self.connections:
             connection.send((function, arguments))
-        results = []
-        for rank, connection in enumerate(self.connections):
+        answers = []
+        for rank, connection in enumerate(self.connections):  # all of them, or the next call would find what is left
             assert connection.poll(seconds), f"rank {rank} hangs"
-            failed, result = connection.recv()
+            answers.append(connection.recv())
+        for rank, (failed, result) in enumerate(answers):
             assert not failed, f"rank {rank}: {result}"
-            results.append(result)
-        return results
+        return [result for _, result in answers]
 
     def stop(self) -> None:
         for connection in self.connections:
