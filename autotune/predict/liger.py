@@ -102,7 +102,7 @@ def _computed(weight: torch.Tensor) -> torch.dtype:
 
 def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any) -> Any:
     """Stands for `liger_rotary_pos_emb`, which replaces transformers' `apply_rotary_pos_emb`."""
-    return _Rope.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]  # of torch
+    return _Rope.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]  # torch has not annotated it
 
 
 def rotary_module(model_type: str) -> ModuleType:
@@ -121,11 +121,11 @@ def stand_in(model: PreTrainedModel, _config: object) -> None:
 
 
 def _normed(norm: Any, hidden: torch.Tensor) -> Any:
-    return _RMSNorm.apply(hidden, norm.weight)  # type: ignore[no-untyped-call]  # of torch
+    return _RMSNorm.apply(hidden, norm.weight)  # type: ignore[no-untyped-call]  # torch has not annotated it
 
 
 def _mlp(mlp: Any, hidden: torch.Tensor) -> Any:
-    product = _SiLUMul.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden))  # type: ignore[no-untyped-call]  # of torch
+    product = _SiLUMul.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden))  # type: ignore[no-untyped-call]  # torch has not annotated it
     return mlp.down_proj(product)
 
 
@@ -133,5 +133,5 @@ def _loss(model: Any, *, labels: torch.Tensor, skip_logits: bool, **inputs: Any)
     hidden = model.model(**inputs)[0]
     labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
     rows, weight = hidden.view(-1, hidden.shape[-1]), model.lm_head.weight
-    loss = _FusedLinearCrossEntropy.apply(rows, weight, labels.view(-1))  # type: ignore[no-untyped-call]  # of torch
+    loss = _FusedLinearCrossEntropy.apply(rows, weight, labels.view(-1))  # type: ignore[no-untyped-call]  # torch has not annotated it
     return CausalLMOutputWithPast(loss=loss)

@@ -193,7 +193,7 @@ def serve(rank: int, count: int, folder: str, connection: Connection) -> None:
             with process_group(rank, count, Path(folder) / str(number)):
                 result = function(rank, *arguments)
             connection.send((False, result))
-        except Exception:
+        except Exception:  # whatever it is, the process of the tests reports it
             connection.send((True, traceback.format_exc()))
 
 

@@ -120,7 +120,7 @@ def test_the_driver_of_a_trial_takes_no_gpu_and_no_core_from_its_ranks() -> None
 
 
 def tune(folder: Path, launcher: LauncherName) -> dict[tuple[str, int], dict[str, Any]]:
-    """Tune a space of two configs for each engine that fit, as others are not launched; the outcomes by config."""
+    """Tune a space of one config that fits and one that does not for each engine; the outcomes by config."""
     space = folder / "space.yaml"
     space.write_text(
         space_text(
@@ -131,7 +131,7 @@ def tune(folder: Path, launcher: LauncherName) -> dict[tuple[str, int], dict[str
                 "precision": "fp32",
                 "zero_stage": 2,
                 "activation_checkpointing": "none",
-                "micro_batch_size": [2, 4],
+                "micro_batch_size": [2, 32],
                 "deepspeed": {
                     "zero_optimization.reduce_bucket_size": 100000,
                     "zero_optimization.allgather_bucket_size": 100000,
@@ -168,9 +168,15 @@ def test_both_launchers_find_out_the_same(tmp_path: Path) -> None:
     assert pool.keys() == train.keys()
     for config, expected in pool.items():
         found = train[config]
-        assert found["outcome"] == expected["outcome"] == "measurement", (config, found)
+        assert found["outcome"] == expected["outcome"], (config, found)
         assert found["elapsed_seconds"] > 0
         assert Path(found["log_path"]).exists()
+        if expected["outcome"] == "failure":
+            for name in ("kind", "phase", "message", "requested_bytes"):
+                assert found[name] == expected[name]
+            assert found["rank"] in (0, 1)
+            assert set(found["phase_seconds"]) == set(expected["phase_seconds"])
+            continue
         # Equal to the byte, unless a tensor in a reference cycle waits for Python's collector, whose moment is chance.
         peak = pytest.approx(expected["peak_memory_allocated_bytes"], rel=0.02)
         assert found["peak_memory_allocated_bytes"] == peak
