@@ -108,13 +108,14 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
             balance[block] += size
             changes[block] += 1
         lasting = {block for block in balance if balance[block] and changes[block] == 1}
+        earlier = self._returned(lasting)
         sizes: dict[Part, int] = {}
         found: dict[Key, tuple[Change, ...]] = {}
         begin = 0
         for key, end in self._ends.items():
             kept = []
-            for operator, size, block in self._blocks[begin:end]:
-                part = self._parts[block]
+            for operator, size, number in self._blocks[begin:end]:
+                block, part = earlier.get(number, number), self._parts[number]
                 if block in lasting:
                     sizes[part] = sizes.get(part, 0) + size
                     self._standing[block] = self._standing.get(block, 0) + size
@@ -123,6 +124,25 @@ class Recorder(MemoryTracker):  # type: ignore[no-untyped-call]
             found[key], begin = tuple(kept), end
         standing = (Standing(block, size, self._parts[block]) for block, size in self._standing.items() if size)
         return sizes, found, tuple(standing)
+
+    def _returned(self, lasting: set[int]) -> dict[int, int]:
+        """Blocks that are made and kept in the place of one that stood and was given up before, to that one.
+
+        So ZeRO-3 gives up what it keeps gathered when an update begins, and gathers it anew when that is over. Neither
+        is lasting then: in between there is less.
+        """
+        gone: dict[tuple[int, Part], list[int]] = {}
+        found: dict[int, int] = {}
+        for _, size, block in self._blocks:
+            if block not in lasting:
+                continue
+            equals = gone.setdefault((abs(size), self._parts[block]), [])
+            if size < 0:
+                equals.append(block)
+            elif equals:
+                found[block] = equals.pop(0)
+        lasting.difference_update(found, found.values())
+        return found
 
     def _resize_doubles(self) -> None:
         sizes = [size for _, size, block in self._blocks if block in self._doubles]

@@ -65,10 +65,11 @@ def step_of(trace: Trace, update_share: float = 1.0) -> list[Event]:
         update_share: as in `Structure.stream`.
     """
     step = [(block, line(size, trace)) for block, size, part in trace.standing_blocks if part is not Part.HOST]
+    stands = {block for block, _ in step}
     portions: set[int] = set()
     for (_, kind, _), changes in trace.segments.items():
         for change in _on_device(changes):
-            if kind == "update" and change.bytes > 0:
+            if kind == "update" and change.bytes > 0 and change.block not in stands:
                 portions.add(change.block)
             share = update_share if change.block in portions else 1.0
             step.append((change.block, [share * size for size in line(change.bytes, trace)]))

@@ -70,6 +70,23 @@ def test_what_is_kept_stands_and_what_is_given_up_does_not(recorder: Recorder) -
     assert [block[1:] for block in standing] == [(400, Part.PARAMETERS), (200, Part.OPTIMIZER_STATES)]
 
 
+def test_what_is_given_up_and_comes_back_is_less_in_between(recorder: Recorder) -> None:
+    gathered, other = filled(100), filled(30)
+    recorder.begin({Part.PARAMETERS: [gathered], Part.GRADIENTS: [other]})
+    recorder.enter(0, "update")
+    del gathered, other
+    work = filled(3)
+    again, state = filled(100), filled(30)
+    recorder.name_all({Part.PARAMETERS: [again], Part.OPTIMIZER_STATES: [state]})
+    del work
+    lasting, segments, standing = recorder.end()
+    assert lasting == {Part.OPTIMIZER_STATES: 120, Part.GRADIENTS: -120}
+    assert sizes(segments[0, "update", 0]) == [-400, 12, 400, -12]
+    gone, _, back, _ = segments[0, "update", 0]
+    assert gone.block == back.block == standing[0].block
+    assert [block[1:] for block in standing] == [(400, Part.PARAMETERS), (120, Part.OPTIMIZER_STATES)]
+
+
 def test_a_storage_that_is_resized_is_one_block(recorder: Recorder) -> None:
     gathered = filled(1000)
     storage = gathered.untyped_storage()
