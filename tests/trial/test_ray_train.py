@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from autotune.predict.memory import CPU_DEVIATION, predict_memory
 from autotune.search.runner import LauncherName
 from autotune.spec.cluster import ClusterSpec, find_gpu
+from autotune.spec.config import ENGINES
 from autotune.spec.outcome import FailureKind, Phase, RankFailure
 from autotune.trial.child import Progress
 from autotune.trial.ray_train import RESERVATION, room
 from autotune.trial.train_watch import Ended, Event, Rank, watch
-from tests.samples import measurement, space_text
+from tests.samples import measurement, sample_space
 from tests.trial.gangs import ROOT, a_request
 
 SCRIPT = Path(__file__).with_name("under_ray_train.py")
@@ -119,27 +121,43 @@ def test_the_driver_of_a_trial_takes_no_gpu_and_no_core_from_its_ranks() -> None
     assert RESERVATION.required_resources.keys().isdisjoint({"CPU", "GPU"})
 
 
-def tune(folder: Path, launcher: LauncherName) -> dict[tuple[str, int], dict[str, Any]]:
-    """Tune a space of one config that fits and one that does not for each engine; the outcomes by config."""
-    space = folder / "space.yaml"
-    space.write_text(
-        space_text(
-            cluster={"nodes": 1, "gpus_per_node": 2, "gpu": "cpu", "memory_bytes": "48MiB"},
-            workload={"global_batch_size": 64, "sequence_length": 128},
-            search={
-                "engine": ["deepspeed", "pytorch"],
-                "precision": "fp32",
-                "zero_stage": 2,
-                "activation_checkpointing": "none",
-                "micro_batch_size": [2, 32],
-                "deepspeed": {
-                    "zero_optimization.reduce_bucket_size": 100000,
-                    "zero_optimization.allgather_bucket_size": 100000,
-                },
+def compared_space(folder: Path) -> Path:
+    """A file of what fits, of one config for each engine, and of what runs out of memory.
+
+    No trial that surely does not fit is launched, so that the device has a little less than the smaller of the two
+    large configs needs, within what a prediction may be off by. The larger one may be refused.
+    """
+    changes: dict[str, Any] = {
+        "cluster": {"nodes": 1, "gpus_per_node": 2, "gpu": "cpu", "memory_bytes": "1GiB"},
+        "workload": {"global_batch_size": 64, "sequence_length": 128},
+        "memory_headroom": 0.0,
+        # No trial is ended for being slow.
+        "objective": {"minimize": "peak_device_used_bytes"},
+        "search": {
+            "engine": ["deepspeed", "pytorch"],
+            "precision": "fp32",
+            "zero_stage": 2,
+            "activation_checkpointing": "none",
+            "micro_batch_size": [2, 32],
+            "deepspeed": {
+                "zero_optimization.reduce_bucket_size": 100000,
+                "zero_optimization.allgather_bucket_size": 100000,
             },
-            baseline=...,
-        )
+        },
+        "baseline": ...,
+        "budget": {"trials": 6, "stop_below_gain": 0},
+    }
+    space = sample_space(folder, **changes)
+    large = [config for config in space.candidates if config.micro_batch_size == 32]
+    needs = min(
+        predict_memory(config, space.model, space.workload, space.cluster).device_used_bytes for config in large
     )
+    changes["cluster"]["memory_bytes"] = round(needs * (1 - CPU_DEVIATION / 2))
+    return Path(sample_space(folder, **changes).where)
+
+
+def tune(folder: Path, space: Path, launcher: LauncherName) -> dict[tuple[str, int], dict[str, Any]]:
+    """Tune a space; the outcomes by engine and micro-batch size."""
     store = ["--store", f"sqlite:///{folder}/{launcher}.db", "--json"]
     command = ["tune", str(space), "--out", str(folder / launcher), "--launcher", launcher]
     # What is left in the home or as temporary files is seen. Ray's own files are not ours, and its sockets want a short
@@ -162,9 +180,10 @@ def autotune(*arguments: str, environment: dict[str, str]) -> subprocess.Complet
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_both_launchers_find_out_the_same(tmp_path: Path) -> None:
-    pool = tune(tmp_path, LauncherName.POOL)
-    train = tune(tmp_path, LauncherName.RAY_TRAIN)
-    assert len(pool) == 4
+    space = compared_space(tmp_path)
+    pool, train = (tune(tmp_path, space, launcher) for launcher in (LauncherName.POOL, LauncherName.RAY_TRAIN))
+    assert {engine for (engine, _), outcome in pool.items() if outcome["outcome"] == "measurement"} == set(ENGINES)
+    assert {outcome["kind"] for outcome in pool.values() if outcome["outcome"] == "failure"} == {"out_of_memory"}
     assert pool.keys() == train.keys()
     for config, expected in pool.items():
         found = train[config]
