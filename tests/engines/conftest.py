@@ -1,31 +1,29 @@
-"""Ranks that serve all tests of the engines: starting them costs more than most tests."""
+"""Ranks that serve all tests of the engines: importing what they need costs more than most tests."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.engines.parity import Ranks
+from tests.engines.parity import Ranks, RankServer
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    yield from started(2)
+def server() -> Iterator[RankServer]:
+    server = RankServer()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")
-def four_ranks() -> Iterator[Ranks]:
-    yield from started(4)
+def ranks(server: RankServer) -> Ranks:
+    return Ranks(server, 2)
 
 
 @pytest.fixture(scope="session")
-def eight_ranks() -> Iterator[Ranks]:
-    yield from started(8)
+def four_ranks(server: RankServer) -> Ranks:
+    return Ranks(server, 4)
 
 
-def started(count: int) -> Iterator[Ranks]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("DS_ACCELERATOR", "cpu")
-        environment.setenv("OMP_NUM_THREADS", "1")
-        ranks = Ranks(count)
-    yield ranks
-    ranks.stop()
+@pytest.fixture(scope="session")
+def eight_ranks(server: RankServer) -> Ranks:
+    return Ranks(server, 8)

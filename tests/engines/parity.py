@@ -1,12 +1,13 @@
 """What every engine is held against: a plain loop over the same model and batch, and ranks that run the engines."""
 
-import contextlib
 import datetime
 import functools
+import importlib
 import os
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,7 +17,6 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import distributed
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn import functional
 from torch.optim import AdamW
 
@@ -151,73 +151,103 @@ def optimizer_steps(rank: int, trial: TrialRequest, engine: Engine) -> Trace:
     return trace
 
 
-class Ranks:
-    """Processes of one gloo group that call functions together."""
+class RankServer:
+    """A process that has imported what ranks need, and forks them for each call, as a trial's pool does.
 
-    def __init__(self, count: int) -> None:
+    Gloo's threads outlive their groups wherever something still names them, as caches of meshes do. Some hundred that
+    poll in ranks that served many calls took all of the machine's time.
+
+    Args:
+        preload: modules that ranks find imported besides those of a trial's.
+    """
+
+    def __init__(self, preload: Sequence[str] = ()) -> None:
         context = multiprocessing.get_context("spawn")
-        self.rendezvous = tempfile.TemporaryDirectory()
-        self.connections, self.processes = [], []
-        for rank in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, count, self.rendezvous.name, theirs), daemon=True)
-            process.start()
-            self.connections.append(ours)
-            self.processes.append(process)
+        self._connection, theirs = context.Pipe()
+        modules = ("autotune.trial.preload", "autotune.engines.layout", "autotune.engines.pipeline", "peft", *preload)
+        self._process = context.Process(target=serve, args=(theirs, modules))
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("DS_ACCELERATOR", "cpu")
+            environment.setenv("OMP_NUM_THREADS", "1")
+            self._process.start()
+        theirs.close()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
-        for connection in self.connections:
-            connection.send((function, arguments))
-        answers = []
-        for rank, connection in enumerate(self.connections):  # all of them, or the next call would find what is left
-            assert connection.poll(seconds), f"rank {rank} hangs"
-            answers.append(connection.recv())
+    def call(self, count: int, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> list[Any]:
+        self._connection.send((count, function, arguments, seconds))
+        answers = self._connection.recv()
         for rank, (failed, result) in enumerate(answers):
             assert not failed, f"rank {rank}: {result}"
         return [result for _, result in answers]
 
     def stop(self) -> None:
-        for connection in self.connections:
-            connection.send(None)
-        for process in self.processes:
-            process.join(20)
-            process.kill()
-        self.rendezvous.cleanup()
+        self._connection.send(None)
+        self._process.join(20)
+        self._process.kill()
 
 
-def serve(rank: int, count: int, folder: str, connection: Connection) -> None:
+@dataclass(frozen=True)
+class Ranks:
+    """Processes of one gloo group that call a function together."""
+
+    server: RankServer
+    count: int
+
+    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
+        return self.server.call(self.count, function, arguments, seconds)
+
+
+def serve(connection: Connection, modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
+    context = multiprocessing.get_context("fork")
+    for count, function, arguments, seconds in iter(connection.recv, None):
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = []
+            for rank in range(count):
+                answer, theirs = context.Pipe(duplex=False)
+                group = (rank, count, Path(folder) / "store")
+                process = context.Process(target=answer_call, args=(theirs, group, function, arguments))
+                process.start()
+                theirs.close()  # so that an end without an answer is seen
+                ranks.append((process, answer))
+            deadline = time.monotonic() + seconds
+            answers = [answer_of(answer, deadline) for _, answer in ranks]
+            for process, _ in ranks:
+                process.kill()
+                process.join()
+        connection.send(answers)
+
+
+def answer_of(connection: Connection, deadline: float) -> tuple[bool, Any]:
+    """Whether a rank has failed, and its result or what happened."""
+    try:
+        if not connection.poll(max(0.0, deadline - time.monotonic())):
+            return True, "it hangs"
+        answer: tuple[bool, Any] = connection.recv()
+        return answer
+    except EOFError:
+        return True, "it ended without an answer"
+
+
+def answer_call(
+    connection: Connection, group: tuple[int, int, Path], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    rank, count, store = group
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": "0"}
     torch.set_num_threads(1)
-    for number, (function, arguments) in enumerate(iter(connection.recv, None)):
-        try:
-            with process_group(rank, count, Path(folder) / str(number)):
-                result = function(rank, *arguments)
-            connection.send((False, result))
-        except Exception:  # whatever it is, the process of the tests reports it
-            connection.send((True, traceback.format_exc()))
-
-
-@contextlib.contextmanager
-def process_group(rank: int, count: int, store: Path) -> Iterator[None]:
-    """A group for each call: gloo has threads that poll for every group there is, in the end some hundred a rank."""
-    import deepspeed.comm  # reads DS_ACCELERATOR, which ranks have and the tests' own process has not
-
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=count,
-        timeout=datetime.timedelta(seconds=60),
-    )
     try:
-        yield
+        distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=count,
+            timeout=datetime.timedelta(seconds=60),
+        )
+        result = function(rank, *arguments)
         distributed.barrier()  # a peer must not see connections close while it needs them
-    finally:
-        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch has not annotated it; it names groups
-        if deepspeed.comm.is_initialized():
-            deepspeed.comm.destroy_process_group()  # torch's, and what it keeps of it
-        else:
-            distributed.destroy_process_group()
+        connection.send((False, result))
+    except Exception:  # whatever it is, the process of the tests reports it
+        connection.send((True, traceback.format_exc()))
 
 
 def assert_equal(trace: Trace, reference: Trace, *, loss_rtol: float = 1e-4, norm_rtol: float = 1e-4) -> None:

@@ -22,6 +22,7 @@ from tests.engines.parity import (
     SMALL_BUCKETS,
     VOCAB,
     Ranks,
+    RankServer,
     Trace,
     assert_equal,
     optimizer_steps,
@@ -41,19 +42,12 @@ PARTITIONED = {**dict(SMALL_BUCKETS), "zero_optimization.stage3_param_persistenc
 
 @pytest.fixture(scope="module")
 def interpreting() -> Iterator[Ranks]:
-    """Ranks of their own, which have Liger's rotary embeddings from the first test on."""
+    """Ranks of their own, which run Triton's kernels and have Liger's rotary embeddings from the start."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("DS_ACCELERATOR", "cpu")
-        environment.setenv("OMP_NUM_THREADS", "1")
         environment.setenv("TRITON_INTERPRET", "1")
-        ranks = Ranks(2)
-    ranks.run(interpret)
-    yield ranks
-    ranks.stop()
-
-
-def interpret(rank: int) -> None:
-    import tests.engines.liger_on_cpu  # noqa: F401  # needs Triton
+        server = RankServer(preload=["tests.engines.liger_on_cpu"])
+    yield Ranks(server, 2)
+    server.stop()
 
 
 def trained(rank: int, trial: TrialRequest) -> tuple[Trace, float]:
