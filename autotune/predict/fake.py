@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional
 import transformers.integrations.deepspeed
+import transformers.integrations.flex_attention
 import transformers.masking_utils
 from torch._C._distributed_c10d import _register_comm_hook
 from torch.distributed.device_mesh import DeviceMesh
@@ -35,7 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import autotune.engines.device_map
 import autotune.modeling.build
 from autotune.engines.engine import Engine, build_engine
-from autotune.predict import liger
+from autotune.predict import flex, liger
 from autotune.predict.compiled import separate_compilation, without_kernels
 from autotune.predict.fake_mode import CPU, FakeData
 from autotune.spec.config import Batching, TrialConfig
@@ -147,6 +148,9 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
     yield transformers.masking_utils, "find_packed_sequence_indices", find
     if request.config.batching in ("padded", "dynamic_padding"):
         yield transformers.masking_utils, "_ignore_causal_mask_sdpa", lambda *args, **kwargs: False
+    if request.config.attention == "flex_attention":
+        yield transformers.integrations.flex_attention, "compile_friendly_flex_attention", flex.attend
+        yield transformers.masking_utils, "create_block_mask", flex.block_mask
     if request.config.method == "qlora":
         from bitsandbytes import functional
 

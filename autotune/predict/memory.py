@@ -53,6 +53,7 @@ _SOURCES = (
     "predict/compiled.py",
     "predict/fake.py",
     "predict/fake_mode.py",
+    "predict/flex.py",
     "predict/liger.py",
     "predict/record.py",
     "predict/reserved.py",
@@ -226,7 +227,8 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
     fields["micro_batch_size"] = 2
     # Tensors of fp16 have the sizes of those of bf16; a loss scaler is a few bytes.
     fields["precision"] = "bf16" if config.precision == "fp16" else config.precision
-    # All attend by a flash kernel, which saves its output and a logarithm for each position.
+    # All attend by a flash kernel, which saves its output and a logarithm for each position. So does FlexAttention, but
+    # transformers may copy key heads for it.
     fields["attention"] = "sdpa" if config.attention in FLASH_ATTENTION else config.attention
     # A flash kernel is told where sequences begin, and has no mask; a sequence alone has none either.
     if config.attention in FLASH_ATTENTION or config.is_never_padded:
@@ -255,7 +257,7 @@ def _with_window(model: dict[str, Any], config: TrialConfig) -> dict[str, Any]:
 
     With sdpa, transformers makes a mask only where a sequence is as long as the window (masking_utils.py,
     `_ignore_causal_mask_sdpa`), of the same size whatever the window. Eager attention always has a mask, a flash
-    kernel never.
+    kernel never, and FlexAttention one that is not worth counting.
     """
     kind = str(model.get("model_type"))
     window = model.get("sliding_window", _DEFAULT_WINDOWS.get(kind))

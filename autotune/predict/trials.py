@@ -12,7 +12,7 @@ from autotune.predict.network import Counts
 from autotune.predict.shape import DecoderShape
 from autotune.predict.step import counts
 from autotune.space.space import Space
-from autotune.spec.config import FLASH_ATTENTION, SECOND_PARTITION, STAGES_PER_RANK, PipelineSchedule, TrialConfig
+from autotune.spec.config import SECOND_PARTITION, STAGES_PER_RANK, WITHIN_SEQUENCES, PipelineSchedule, TrialConfig
 from autotune.spec.workload import Workload
 
 BATCHED = ("batching", "micro_batch_size", "attention")
@@ -193,9 +193,10 @@ def computed_shape(config: TrialConfig, workload: Workload) -> tuple[int, int]:
     """(rows, tokens of a row) that an average micro-batch computes on, padding included.
 
     A flash kernel attends within each packed sequence, as if it had a row of its own, each of the mean length: that
-    their squares are longer on average is left out. Other kernels attend along the whole row.
+    their squares are longer on average is left out, and of FlexAttention that it works on blocks of 128 positions.
+    Other kernels attend along the whole row.
     """
-    if config.batching == "packed" and config.attention in FLASH_ATTENTION:
+    if config.batching == "packed" and config.attention in WITHIN_SEQUENCES:
         return config.micro_batch_size, round(workload.mean_length(config))
     return workload.expected_shape(config)
 

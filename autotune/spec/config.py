@@ -10,7 +10,7 @@ Engine = Literal["deepspeed", "pytorch"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Offload = Literal["none", "optimizer", "optimizer+parameters", "optimizer_nvme"]
 ActivationCheckpointing = Literal["none", "full", "selective", "selective_ops"]
-Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
 Loss = Literal["full_logits", "chunked"]
 Optimizer = Literal["adamw", "adamw_8bit"]
@@ -35,6 +35,9 @@ KEPT_OPERATORS = (
 
 FLASH_ATTENTION: tuple[Attention, ...] = ("flash_attention_2", "flash_attention_3")
 """Kernels of Dao et al., which are told where sequences begin and take no mask."""
+
+WITHIN_SEQUENCES: tuple[Attention, ...] = (*FLASH_ATTENTION, "flex_attention")
+"""Kernels that do no work between packed sequences."""
 
 SECOND_PARTITION = "zero_optimization.zero_hpz_partition_size"
 """DeepSpeed's key of ZeRO++'s hpZ."""

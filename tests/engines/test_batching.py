@@ -12,6 +12,7 @@ from autotune.engines.engine import Engine, build_engine
 from autotune.engines.pytorch import PyTorchEngine
 from autotune.spec.config import Batching
 from autotune.spec.request import TrialRequest
+from tests.engines.flex_on_cpu import flex_on_cpu
 from tests.engines.parity import CPU, SEQUENCE_LENGTH, VOCAB, WORKLOAD, Ranks, request
 
 LENGTHS = (5, SEQUENCE_LENGTH, 11)
@@ -46,12 +47,13 @@ def apart() -> tuple[float, torch.Tensor]:
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_the_loss_is_that_of_the_sequences_alone(
     apart: tuple[float, torch.Tensor], batching: Batching, attention: str
 ) -> None:
     engine = PyTorchEngine(trial(attention=attention, batching=batching), CPU)
-    loss, gradients = loss_and_gradients(engine, collated(SEQUENCES, batching, SEQUENCE_LENGTH))
+    with flex_on_cpu():
+        loss, gradients = loss_and_gradients(engine, collated(SEQUENCES, batching, SEQUENCE_LENGTH))
     assert loss == pytest.approx(apart[0], rel=1e-5)
     torch.testing.assert_close(gradients, apart[1], rtol=1e-4, atol=1e-6)
 

@@ -208,6 +208,7 @@ def test_what_allocates_alike_shares_a_trace(change: dict[str, Any]) -> None:
     [
         {"precision": "fp32"},
         {"attention": "eager"},
+        {"attention": "flex_attention"},
         {"zero_stage": 3},
         {"activation_checkpointing": "full"},
         {"gpus": 4},
@@ -249,9 +250,10 @@ def test_a_sliding_window_has_a_mask_from_its_length_on(length: int) -> None:
         (windowed("qwen3"), a_config(), None),
         (windowed("mistral"), a_config(attention="eager"), None),
         (windowed("mistral"), a_config(attention="flash_attention_2"), None),
+        (windowed("qwen3", use_sliding_window=True), a_config(attention="flex_attention"), None),
         (replace(TINY, config=TINY.config | {"model_type": "mistral"}), a_config(), (4095, 4096)),
     ],
-    ids=["mistral", "gemma3", "qwen3", "no window", "not used", "eager", "flash", "default"],
+    ids=["mistral", "gemma3", "qwen3", "no window", "not used", "eager", "flash", "flex", "default"],
 )
 def test_a_structure_tells_on_which_side_of_the_window_it_is(
     model: ModelSpec, config: TrialConfig, lengths: tuple[int, int] | None

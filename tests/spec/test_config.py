@@ -20,7 +20,7 @@ configs = st.builds(
     offload=st.sampled_from(("none", "optimizer", "optimizer+parameters", "optimizer_nvme")),
     activation_checkpointing=st.sampled_from(("none", "full", "selective")),
     selective_every=st.none() | st.integers(1, 64),
-    attention=st.sampled_from(("sdpa", "eager", "flash_attention_2")),
+    attention=st.sampled_from(("sdpa", "eager", "flash_attention_2", "flex_attention")),
     deepspeed=st.dictionaries(st.text(), scalars, max_size=4).map(lambda keys: tuple(keys.items())),
 )
 
