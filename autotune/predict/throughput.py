@@ -287,7 +287,8 @@ class _Sharded:
         ahead, behind = (self._adapters.issue_seconds(backward=backward) for backward in (False, True))
         ahead = ahead + HOOK_OPERATORS * OPERATOR_SECONDS * (trials.in_turn > 1)
         layer = (ISSUE_SECONDS[0] + ahead + sharded) * passes + ISSUE_SECONDS[1] + behind + sharded + hooks
-        pieces = self._tiles.issue_seconds(1 + HOOKED_PASSES * trials.recomputed)
+        zero_3 = ZERO_3_OPERATORS * ((trials.zero_stage == 3) & self._deepspeed)
+        pieces = self._tiles.issue_seconds(1 + HOOKED_PASSES * trials.recomputed, zero_3.astype(float))
         layer = layer + np.where(trials.tiled, pieces, 0.0)
         return np.asarray(self._layers * layer)
 

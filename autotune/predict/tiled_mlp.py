@@ -20,6 +20,8 @@ from autotune.spec.config import MLP_TILES
 
 OPERATORS = (5, 10)
 """Of an MLP, forward and backward: 3 and 6 products, and `MLP_KERNELS`."""
+SHARE_OF_MODULES = 4 / 14
+"""Of a Qwen3 layer's modules, those that a piece calls: three matrices and the activation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,17 @@ class TiledMlpWork:
         beside = replace(self.adapters, on_attention=np.zeros_like(self.adapters.on_attention))
         return longer + forward + total(beside.layer(backward=False)) + self._sums()
 
-    def issue_seconds(self, forward_passes: Values) -> Values:
-        """For the processor to issue the kernels of pieces, and of those that are computed again."""
+    def issue_seconds(self, forward_passes: Values, hooks: Values) -> Values:
+        """For the processor to issue the kernels of pieces, and of those that are computed again.
+
+        Args:
+            forward_passes: in how many passes' time the forward pass is issued.
+            hooks: operators that hooks on a layer's modules take as long as, in each pass.
+        """
         more, again = MLP_TILES - 1, HOOKED_PASSES * MLP_TILES
         ahead, behind = OPERATORS
-        return OPERATOR_SECONDS * ((more * forward_passes + again) * ahead + more * behind)
+        beside = SHARE_OF_MODULES * hooks
+        return OPERATOR_SECONDS * ((more * forward_passes + again) * (ahead + beside) + more * (behind + beside))
 
     def _sums(self) -> Values:
         values = sum(out * inner * count for out, inner, count in self.work.mlp_projections())

@@ -57,7 +57,7 @@ CASES = [
     (True, 12, 2, 2, tiled("deepspeed", 3)),
     (True, 10, 2, 2, tiled("deepspeed", 3, **degrees(sequence=2), **FULL) | SHARDED),
     (True, 12, 2, 2, tiled("deepspeed", 2, **degrees(tensor=2), **FULL, precision="fp32")),
-    (True, 12, 2, 2, tiled("deepspeed", 3, **FULL) | lora("deepspeed", 3)),
+    (True, 2, 2, 2, tiled("deepspeed", 3, **FULL) | lora("deepspeed", 3)),
 ]
 
 
