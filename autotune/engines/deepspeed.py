@@ -15,6 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from autotune.engines.optimizers import build_optimizer
 from autotune.engines.sequences import SharedSequences
 from autotune.engines.swapping import require_aligned_gradients, require_locked_memory
+from autotune.engines.tiled_mlp import apply_deepspeed_tiled_mlp
 from autotune.formats.deepspeed_json import set_dotted, to_deepspeed
 from autotune.modeling.build import (
     COMPUTE_DTYPES,
@@ -63,6 +64,7 @@ class DeepSpeedEngine:
             # HF and DeepSpeed hold the weights in the compute dtype; fp32 masters are the optimizer's.
             materialize(model, device, COMPUTE_DTYPES[config.precision], workload.seed)
         apply_liger_kernel(model, config)
+        apply_deepspeed_tiled_mlp(model, config)
         apply_activation_checkpointing(model, config)
         self._sequences = SharedSequences(model, config, device) if config.sequence_parallel_size > 1 else None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

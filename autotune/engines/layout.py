@@ -26,6 +26,7 @@ from autotune.modeling.build import (
 from autotune.modeling.mesh import ParallelMesh, parallel_mesh
 from autotune.modeling.stage import DecoderStage, shifted_labels
 from autotune.modeling.tensor_parallel import split_matrices
+from autotune.modeling.tiled_mlp import apply_tiled_mlp
 from autotune.modeling.ulysses import split_sequence
 from autotune.spec.request import TrialRequest
 
@@ -52,6 +53,7 @@ class LayoutEngine(PyTorchEngine):
         config, mesh = request.config, self._mesh
         model = build_model(request.model, config.attention)
         apply_method(model, config)
+        apply_tiled_mlp(model, config)
         apply_activation_checkpointing(model, config)
         if config.sequence_parallel_size > 1:
             split_sequence(model, config.attention, mesh.sequence.get_group())

@@ -46,6 +46,7 @@ from autotune.modeling.build import (
     shard_with_fsdp2,
 )
 from autotune.modeling.mesh import data_parallel_mesh
+from autotune.modeling.tiled_mlp import apply_tiled_mlp
 from autotune.spec.request import TrialRequest
 
 
@@ -81,6 +82,7 @@ class PyTorchEngine:
         config = request.config
         model = build_model(request.model, config.attention)
         apply_method(model, config)
+        apply_tiled_mlp(model, config)
         apply_liger_kernel(model, config)
         apply_fp8(model, config, device)
         apply_activation_checkpointing(model, config)

@@ -4,7 +4,7 @@ accelerate registers DeepSpeed's attention under the kernel's own name and hands
 (accelerate/accelerator.py, `_prepare_deepspeed`); its loader gives each rank a piece of a sequence, with the positions
 of its tokens and the labels that follow them (`UlyssesSPDataLoaderAdapter`); the Trainer computes the loss.
 
-Left out of ALST, whose switches no target has: the tiled MLP and loss, and checkpoints on the host.
+ALST's tiled MLP is `tiled_mlp`'s. Left out, whose switches no target has: its tiled loss, and checkpoints on the host.
 """
 
 from types import ModuleType

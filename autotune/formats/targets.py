@@ -15,7 +15,7 @@ from autotune.formats.bitsandbytes_json import TORCH_DTYPES, to_quantization_con
 from autotune.formats.peft_json import to_adapter_config
 from autotune.formats.training_args import checkpointing_argument
 from autotune.spec.cluster import Device
-from autotune.spec.config import KEPT_OPERATORS, TrialConfig
+from autotune.spec.config import KEPT_OPERATORS, MLP_TILES, TrialConfig
 from autotune.spec.workload import Workload
 
 Target = Literal["hf_trainer", "accelerate", "deepspeed", "autotune"]
@@ -38,6 +38,7 @@ READ_BY_TARGETS = (
     "data_parallel_replicate_size",
     "torch_compile",
     "fp8",
+    "tiled_mlp",
 )
 """Fields of a config that `cannot_express` reads, besides the degrees of parallelism."""
 
@@ -64,6 +65,8 @@ def cannot_express(target: Target, config: TrialConfig, device: Device) -> str |
             return "TrainingArguments in YAML have no word for data_parallel_replicate_size"
         if config.torch_compile:
             return "TrainingArguments compile the model in one piece, which is not what torch_compile means here"
+        if config.tiled_mlp:  # nor have those of Liger's kernels, whose tiled MLPs are modules for models of one's own
+            return "TrainingArguments have no word for tiled_mlp"
     if device == "cpu":
         return _not_on_cpu(target, config)
     return None
@@ -141,6 +144,8 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
             kept = ", ".join(f"torch.ops.{name}" for name in KEPT_OPERATORS)
             context = f', "context_fn": functools.partial(create_selective_checkpoint_contexts, [{kept}])'
         todo.append(f'calls `model.{checkpointing_argument()}_enable({{"use_reentrant": False{context}}}{every})`')
+    if config.tiled_mlp:
+        todo.append(_tiled_mlp(config))
     if target == "deepspeed" and config.tensor_parallel_size > 1:
         todo.append(
             f"gives {config.tensor_parallel_size} neighbours in rank the same sequences, which is for"
@@ -177,6 +182,27 @@ def _shared_sequences(target: Target, config: TrialConfig) -> str:
         f' core_attn_implementation="{config.attention}", sequence_parallel_size={config.sequence_parallel_size},'
         f" micro_batch_size={config.micro_batch_size})` returns to `deepspeed.initialize` as its `mpu`, puts"
         f" `UlyssesSPDataLoaderAdapter` around its loader, and {loss}"
+    )
+
+
+def _tiled_mlp(config: TrialConfig) -> str:
+    """How the script has each MLP work on a piece of the sequence at a time, as the trial did."""
+    if config.engine == "deepspeed":
+        where = " by `TiledMLP` of `deepspeed.runtime.sequence_parallel.ulysses_sp`"
+        call = (
+            f"TiledMLP.apply(lambda _, piece: forward(piece), mlp, x, {MLP_TILES},"
+            " [p for p in mlp.parameters() if p.requires_grad])"
+        )
+    else:
+        where = ""
+        call = (
+            "torch.cat([torch.utils.checkpoint.checkpoint(forward, piece, use_reentrant=False)"
+            f" for piece in x.chunk({MLP_TILES}, dim=1)], dim=1)"
+        )
+    return (
+        f"has each MLP compute {MLP_TILES} pieces of a sequence one after another{where}: `for mlp in (layer.mlp for"
+        f" layer in model.model.layers): mlp.forward = functools.partial(lambda mlp, forward, x: {call}, mlp,"
+        " mlp.forward)`"
     )
 
 

@@ -57,6 +57,8 @@ def layer_plan(layer: torch.nn.Module) -> dict[str, ParallelStyle]:
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(_SEQUENCE)),
     }
     present = {name for name, _ in layer.named_modules()}
+    if "mlp.tile" in present:  # each piece is gathered by itself
+        plan |= {"mlp.tile": plan.pop("mlp"), "mlp.down_proj": _Waited(output_layouts=Shard(_SEQUENCE))}
     for name in [name for name in plan if f"{name}.lora_A" in present]:
         plan |= _adapted(name, plan.pop(name))
     return {name: style for name, style in plan.items() if name in present}
@@ -80,7 +82,7 @@ class _Waited(RowwiseParallel):
     """Waits for its result at once, not when it is first read.
 
     A layer that is recomputed for its backward pass stops before the adapter's product is added to the last matrix's,
-    and of a result that nobody reads torch keeps the memory for ever.
+    or before the pieces of a tiled MLP are joined, and of a result that nobody reads torch keeps the memory for ever.
     """
 
     def _apply(self, module: torch.nn.Module, device_mesh: DeviceMesh) -> torch.nn.Module:

@@ -104,6 +104,7 @@ class _Trial(_Strict):
     selective_every: Count | None = None
     attention: Attention = "sdpa"
     device_map: DeviceMap = "none"
+    tiled_mlp: bool = False
     deepspeed: dict[str, Scalar] = {}
 
 

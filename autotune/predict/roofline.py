@@ -125,6 +125,10 @@ TRANSFORMERS_KERNELS = KernelProfile(
 EAGER_SCORE_BYTES = 26
 """transformers' eager attention: product 2, scaled 4, mask added 4, softmax in fp32 with its casts 14, read again 2."""
 
+MLP_KERNELS = (2, 4)
+"""Of transformers' MLP beside its products, forward and backward: activation and gate; their gradients, and the sum of
+the two of what gate and up read."""
+
 SCORE_KERNELS = (4, 6)
 """Where scores are stored, forward and backward: products, softmax and dropout."""
 
@@ -163,6 +167,15 @@ class LayerWork:
             TimePart.ELEMENTWISE: self.memory(moved * self._value_scale * self.tokens) + self._gaps(backward=backward),
         }
 
+    def mlp(self, *, backward: bool) -> Values:
+        """Seconds of one pass of a layer's MLP, which are among those of the layer."""
+        products = sum(
+            count * self._product(out, inner, backward=backward) for out, inner, count in self.mlp_projections()
+        )
+        each = (self.kernels.backward_bytes if backward else self.kernels.forward_bytes)[3]
+        moved = self.memory(each * self._value_scale * self._split(self.shape.layers[0].mlp_width) * self.tokens)
+        return products + moved + MLP_KERNELS[backward] * kernel_rates(self.gpu).launch_seconds
+
     def head(self, *, backward: bool) -> Values:
         """One pass of the lm head and half of the loss's bytes."""
         products = self._product(self._split(self.shape.vocab_size), self._whole, backward=backward)
@@ -179,19 +192,26 @@ class LayerWork:
         return np.where(self.frozen, 0.0, seconds)
 
     def projections(self) -> Iterator[tuple[Values, Values, int]]:
-        """Outputs, inputs and number of a layer's products, as a rank has them.
+        """Outputs, inputs and number of a layer's products, as a rank has them."""
+        query, key_value = map(self._split, (self.shape.query_width, self.shape.key_value_width))
+        up, down = self.mlp_projections()
+        if self.kernels.fused_projections:
+            yield query + 2 * key_value, self._whole, 1
+        else:
+            yield from ((query, self._whole, 1), (key_value, self._whole, 2))
+        yield from (up, (self._whole, query, 1), down)
 
-        The MLP has as many up projections as its parameters tell: two with a gate, one without.
+    def mlp_projections(self) -> Iterator[tuple[Values, Values, int]]:
+        """Those of the MLP, into it and out of it.
+
+        There are as many up projections as its parameters tell: two with a gate, one without.
         """
-        shape, layer, whole = self.shape, self.shape.layers[0], self._whole
-        query, key_value, inner = map(self._split, (shape.query_width, shape.key_value_width, layer.mlp_width))
+        shape, layer = self.shape, self.shape.layers[0]
         attention = 2 * shape.hidden_size * (shape.query_width + shape.key_value_width)
         ups = round((layer.linear_parameters - attention) / (shape.hidden_size * layer.mlp_width)) - 1
-        if self.kernels.fused_projections:
-            yield from ((query + 2 * key_value, whole, 1), (ups * inner, whole, 1))
-        else:
-            yield from ((query, whole, 1), (key_value, whole, 2), (inner, whole, ups))
-        yield from ((whole, query, 1), (whole, inner, 1))
+        inner = self._split(layer.mlp_width)
+        yield (ups * inner, self._whole, 1) if self.kernels.fused_projections else (inner, self._whole, ups)
+        yield self._whole, inner, 1
 
     def column_gradients(self) -> Iterator[tuple[Values, Values]]:
         """Seconds of the gradients of input and weight, for each fused projection that is split by its outputs."""

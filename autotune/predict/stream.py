@@ -34,8 +34,8 @@ class Stream:
     fragmentation: NDArray[np.float64] = field(default_factory=_none)
     """(points,): bytes reserved beyond the peak, with each of `REPLAYED_TOKENS`."""
     pieces: int = 1
-    """Into how many a sequence is cut by ranks and by the loss. Lengths are of one piece: a tensor of a piece would be
-    no multiple of a whole length."""
+    """Into how many a sequence is cut by ranks, by the loss and by tiled MLPs. Lengths are of one piece: a tensor of a
+    piece would be no multiple of a whole length."""
     gpu: int = 0
     """Whose memory it is, of a process that has several GPUs."""
     layers: NDArray[np.int64] = field(default_factory=_one_gpu)

@@ -6,7 +6,8 @@ With the letters of `roofline.py`, for a micro-batch:
     matmul              of frozen weights without the gradient of the weight; adapters as in `adapters.py`
     elementwise         also the casts of fp32 weights, where an engine keeps such
     accumulation        bytes of adding gradients to their sum
-    recomputation       the forward pass of what is checkpointed, or all of it but products and attention
+    recomputation       the forward pass of what is checkpointed, or all of it but products and attention; what tiled
+                        MLPs take longer (`tiled_mlp.py`)
     launch              max(0, the processor's seconds to issue the work - the GPU's to do it)
 
     logits              one more forward pass of the head where the loss is chunked
@@ -68,6 +69,7 @@ from autotune.predict.step import (
     in_buckets,
     stretch,
 )
+from autotune.predict.tiled_mlp import TiledMlpWork
 from autotune.predict.trials import Trials
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.nvme import MOVED_BYTES
@@ -163,6 +165,7 @@ class _Sharded:
         self._adapters = AdapterWork(
             self._work, trials.rank, trials.on_attention, trials.on_mlp, trials.quantized, casts
         )
+        self._tiles = TiledMlpWork(self._work, self._adapters)
         self._replicas = trials.gpus // (trials.tensor * trials.stages * trials.in_turn)
         self._shards = self._replicas // trials.groups
         self._ranks = group(self._shards, trials.tensor, self._node)
@@ -214,10 +217,14 @@ class _Sharded:
         return result
 
     def _again(self) -> Values:
-        """Seconds of a layer's backward pass in which its forward pass runs again."""
-        forward = self._forward
+        """Seconds of a layer's backward pass in which its forward pass runs again, or its MLP does piece by piece."""
+        forward, recomputed = self._forward, self._trials.recomputed
         kept = total(forward) - forward[TimePart.MATMUL] - forward[TimePart.ATTENTION]
-        return np.where(self._trials.keeps_products, kept, self._trials.recomputed * total(forward))
+        again = np.where(self._trials.keeps_products, kept, recomputed * total(forward))
+        # What tensor-parallel ranks gather for an MLP, or sum after it.
+        collective = self._net.all_reduce if self._deepspeed else self._net.all_gather
+        tiled = self._tiles.seconds(1 + recomputed) + collective(self._tensor_group, self._row_bytes)
+        return again + np.where(self._trials.tiled, tiled, 0.0)
 
     def _layer_collectives(self, tokens: Values) -> Values:
         """Seconds of one pass of a layer that is split over ranks; what computation hides of it is left out."""
@@ -280,6 +287,9 @@ class _Sharded:
         ahead, behind = (self._adapters.issue_seconds(backward=backward) for backward in (False, True))
         ahead = ahead + HOOK_OPERATORS * OPERATOR_SECONDS * (trials.in_turn > 1)
         layer = (ISSUE_SECONDS[0] + ahead + sharded) * passes + ISSUE_SECONDS[1] + behind + sharded + hooks
+        zero_3 = ZERO_3_OPERATORS * ((trials.zero_stage == 3) & self._deepspeed)
+        pieces = self._tiles.issue_seconds(1 + HOOKED_PASSES * trials.recomputed, zero_3.astype(float))
+        layer = layer + np.where(trials.tiled, pieces, 0.0)
         return np.asarray(self._layers * layer)
 
     def _reduction(self, backward_layer: Values) -> Values:

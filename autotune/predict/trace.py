@@ -33,7 +33,7 @@ from autotune.predict.segments import (
 from autotune.predict.stream import SitedStream, Stream
 from autotune.predict.structure import MAX_WHOLE_LAYERS, Structure
 from autotune.predict.zero import all_at_once, first_depth, largest_double_bytes
-from autotune.spec.config import Attention, TrialConfig
+from autotune.spec.config import MLP_TILES, Attention, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.outcome import Phase
 from autotune.spec.prediction import Part
@@ -186,7 +186,8 @@ def pieces(config: TrialConfig) -> int:
     ranks = config.sequence_parallel_size
     if config.engine == "pytorch":  # between the matrices that are shared
         ranks *= config.tensor_parallel_size
-    return ranks * (LOSS_CHUNKS if config.loss == "chunked" else 1)
+    chunks = LOSS_CHUNKS if config.loss == "chunked" else 1
+    return ranks * math.lcm(chunks, MLP_TILES if config.tiled_mlp else 1)
 
 
 def _deep_step(shallow: Trace, deeper: Trace, layers: int) -> list[Event]:

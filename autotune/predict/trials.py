@@ -55,6 +55,8 @@ class Trials:
     """Of a pipeline, in bubbles of 1F1B."""
     chunked: NDArray[np.bool_]
     """The loss."""
+    tiled: NDArray[np.bool_]
+    """The MLPs."""
     groups: Counts
     """Of replicas that FSDP2 shards within."""
     real: Values
@@ -111,6 +113,7 @@ class Trials:
             stages_of_rank=counts([config.pipeline_stages // config.pipeline_parallel_size for config in configs]),
             idle=np.array([IDLE[config.pipeline_schedule or "1f1b"] for config in configs]),
             chunked=np.array([config.loss == "chunked" for config in configs], bool),
+            tiled=np.array([config.tiled_mlp for config in configs], bool),
             groups=counts([config.data_parallel_replicate_size for config in configs]),
             real=real,
             rank=counts([config.lora_rank or 0 for config in configs]),
@@ -174,6 +177,7 @@ class Trials:
             stages_of_rank=np.where(stages > 1, [STAGES_PER_RANK[name] for name in schedules.tolist()], 1),
             idle=np.array([IDLE[name] for name in schedules.tolist()]),
             chunked=values("loss") == "chunked",
+            tiled=values("tiled_mlp").astype(bool),
             groups=values("data_parallel_replicate_size").astype(np.int64),
             real=real,
             rank=np.where(adapted, values("lora_rank").astype(np.int64), 0),

@@ -92,14 +92,20 @@ def _flex_masks(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluste
     return f"attention flex_attention has not been tried with {config.own_layout}"
 
 
-@reads("attention", "activation_checkpointing", "torch_compile", "use_liger_kernel", "device_map", "fp8")
+@reads("attention", "activation_checkpointing", "torch_compile", "use_liger_kernel", "device_map", "fp8", "tiled_mlp")
 def _flex_alone(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.attention != "flex_attention":
         return None
     if config.activation_checkpointing == "selective_ops":
         # What is compiled is no operator that could be kept.
         return "activation_checkpointing selective_ops would compute flex_attention again; use full or selective"
-    untried = {"torch_compile": False, "use_liger_kernel": False, "device_map": "none", "fp8": False}
+    untried = {
+        "torch_compile": False,
+        "use_liger_kernel": False,
+        "device_map": "none",
+        "fp8": False,
+        "tiled_mlp": False,
+    }
     for field, plain in untried.items():
         value = getattr(config, field)
         if value != plain:

@@ -191,6 +191,7 @@ class SearchFile(_Strict):
     torch_compile: Axis[Annotated[bool, Field(strict=True)]] = [False]
     use_liger_kernel: Axis[StrictBool] = [False]
     device_map: Axis[DeviceMap] = ["none"]
+    tiled_mlp: Axis[StrictBool] = [False]
     numerics: NumericsFile = NumericsFile()
     batching: Axis[Batching] | None = None
     """By default `fixed` where lengths are, and `dynamic_padding` where they differ."""
@@ -228,6 +229,7 @@ class BaselineFile(_Strict):
     use_liger_kernel: StrictBool | None = None
     fp8: StrictBool | None = None
     device_map: DeviceMap | None = None
+    tiled_mlp: StrictBool | None = None
     deepspeed: dict[Name, Number] = {}
     script: dict[Name, Number] = {}
 

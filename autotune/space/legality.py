@@ -13,6 +13,7 @@ from autotune.space.nvme import NVME_RULES
 from autotune.space.optimizers import OPTIMIZER_RULES
 from autotune.space.quantized_zero import QUANTIZED_ZERO_RULES
 from autotune.space.rule import DEGREES, Rule, reads
+from autotune.space.tiled_mlp import TILED_MLP_RULES
 from autotune.spec.cluster import ClusterSpec
 from autotune.spec.config import GATHERED_LIMITS, MOST_GATHERED, SECOND_PARTITION, TrialConfig
 from autotune.spec.model import ModelSpec
@@ -32,6 +33,7 @@ def rules(targets: tuple[Target, ...]) -> tuple[Rule, ...]:
         *COMPILATION_RULES,
         *LIGER_RULES,
         *FP8_RULES,
+        *TILED_MLP_RULES,
         expressed,
     )
 

@@ -54,6 +54,10 @@ REDUCE_SCATTER = "zero_optimization.reduce_scatter"
 ZERO_QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
 """Fields, named like DeepSpeed's keys: what ZeRO-3 sends as small integers (ZeRO++)."""
 
+MLP_TILES = 8
+"""Pieces of a sequence, or of what a rank has of it, for which `tiled_mlp` computes an MLP one after another. ALST's
+guides take as many as `hidden_size` goes into the length, rounded up: 7 of 32,768 tokens of Qwen3-32B."""
+
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -76,6 +80,7 @@ LATER_FIELDS: dict[str, Any] = {
     "use_liger_kernel": False,
     "fp8": False,
     "device_map": "none",
+    "tiled_mlp": False,
 }
 """Fields that the first stores did not know, with their defaults. A default is not written, so that a config has the
 fingerprint under which such a store knows it."""
@@ -147,6 +152,9 @@ class TrialConfig:
     device_map: DeviceMap = "none"
     """`auto`: one process has all GPUs, each some layers in a row, and they work one after another, as transformers'
     `from_pretrained(…, device_map="auto")` arranges it; `none`: each GPU has a process of its own."""
+    tiled_mlp: bool = False
+    """The MLP of each layer is computed, and recomputed in the backward pass, for one of `MLP_TILES` pieces of the
+    sequence at a time (ALST's tiled MLP)."""
     deepspeed: tuple[tuple[str, Scalar], ...] = ()
     """Further DeepSpeed keys as (dotted path, value), sorted by path, each once; empty on other engines."""
     script: tuple[tuple[str, Scalar], ...] = ()
@@ -273,5 +281,7 @@ class TrialConfig:
             words.append("fp8")
         if self.device_map != "none":
             words.append(f"device_map {self.device_map}")
+        if self.tiled_mlp:
+            words.append("tiled mlp")
         words += [f"{name} {value}" for name, value in self.script]
         return " ".join(words)

@@ -93,6 +93,7 @@ def test_what_is_not_installed_where_gpus_are(
         ({"use_liger_kernel": True}, "has not been tried with use_liger_kernel true"),
         ({"device_map": "auto"}, "has not been tried with device_map auto"),
         ({"fp8": True}, "has not been tried with fp8 true"),
+        ({"tiled_mlp": True}, "has not been tried with tiled_mlp true"),
     ],
 )
 def test_what_flex_attention_goes_with(fields: dict[str, Any], reason: str | None) -> None:
