@@ -22,6 +22,7 @@ from tests.engines.test_layouts import trial
 from tests.engines.test_methods import keep
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: '.[adamw-torch-8bit]'"),
     pytest.mark.timeout(600),
 ]
@@ -63,7 +64,7 @@ def test_the_reference_is_another_than_that_of_fp32() -> None:
         assert_equal(plain_training(), plain_fp32(tiny()), loss_rtol=EQUAL, norm_rtol=EQUAL)
 
 
-@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_every_stage(ranks: Ranks, stage: int) -> None:
     tolerance = SHARDS if stage else EQUAL
     for trace, short in ranks.run(watched, request("pytorch", stage, optimizer=OPTIMIZER), seconds=500):
@@ -76,23 +77,22 @@ def test_checkpoints(ranks: Ranks, tmp_path: Path) -> None:
     assert any(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text", ["tp2", "tp2 chunked", "sp2 zero3", "pp2 1f1b"])
 def test_layouts_of_two_ranks(ranks: Ranks, text: str) -> None:
     for trace, _ in ranks.run(watched, trial(text, 2, optimizer=OPTIMIZER), seconds=500):
         assert_equal(trace, plain_training(), loss_rtol=SHARDS, norm_rtol=SHARDS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text", ["tp2 zero3", "zero3 groups2", "tp2 pp2 1f1b"])
 def test_layouts_of_four_ranks(four_ranks: Ranks, text: str) -> None:
     for trace, _ in four_ranks.run(watched, trial(text, 4, optimizer=OPTIMIZER), seconds=500):
         assert_equal(trace, plain_training(), loss_rtol=SHARDS, norm_rtol=SHARDS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_mixed_precision(ranks: Ranks, stage: int) -> None:
-    """The tolerances of `test_parity.py`."""
+    """The loss's tolerance is that of `test_parity.py`. In the fourth step, where states of 8 bits lead to a norm 3.7 %
+    from that of fp32 states, bf16 decides here and there how a state is rounded: norms were up to 3.9 % off.
+    """
     for trace, _ in ranks.run(watched, request("pytorch", stage, optimizer=OPTIMIZER, precision="bf16"), seconds=500):
-        assert_equal(trace, plain_training(), loss_rtol=1e-3, norm_rtol=2e-2)
+        assert_equal(trace, plain_training(), loss_rtol=1e-3, norm_rtol=5e-2)
