@@ -9,7 +9,7 @@ DEMO := demo
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,postgres,qlora]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,postgres,qlora,fp8]'
 	touch $@
 
 demo: $(VENV)/.installed ## tune a tiny, real Qwen3 on this machine

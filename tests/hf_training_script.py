@@ -137,6 +137,7 @@ def optimizer(trainer: Trainer) -> str:
     while hasattr(found, "optimizer"):
         found = found.optimizer
     bits = f" {found.args.optim_bits} bits" if hasattr(found, "args") else ""
+    bits += f", blocks of {found.block_size}" if hasattr(found, "block_size") else ""
     return f"{type(found).__module__}.{type(found).__name__}{bits}"
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,18 @@ def test_a_winner_with_states_of_8_bits(tmp_path: Path, engine: str, stage: int)
     report = run(folder, "torchrun", "--standalone", "--nproc-per-node", RANKS)
     assert_trained(report, micro_batch_size=2, accumulation=2, every=1)
     assert report["optimizer"] == "bitsandbytes.optim.adamw.AdamW 8 bits"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # both ranks compile the update
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: '.[adamw-torch-8bit]'")
+def test_an_fsdp2_winner_with_states_of_8_bits(tmp_path: Path) -> None:
+    search = {"engine": "pytorch", "zero_stage": 3, "micro_batch_size": 1, "activation_checkpointing": "full"}
+    folder = export(tmp_path, ON_GPU, {**search, "numerics": {"optimizer": "adamw_torch_8bit"}})
+    report = run(folder, "torchrun", "--standalone", "--nproc-per-node", RANKS)
+    assert_trained(report, micro_batch_size=1, accumulation=4, every=1)
+    assert report["optimizer"] == "torchao.optim.adam.AdamW8bit, blocks of 256"
+    assert report["sharding"] == {**FSDP2, "reshard_after_forward": [True]}
 
 
 @pytest.mark.slow

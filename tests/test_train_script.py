@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ def best_folder(folder: Path, layout: dict[str, object], gpus: int, method: str 
     searched = search | {
         axis: sorted({1, value}) if isinstance(value, int) else value for axis, value in layout.items()
     }
+    if "optimizer" in searched:
+        searched["numerics"] = {"optimizer": searched.pop("optimizer")}
     space = sample_space(
         folder,
         search=searched,
@@ -61,7 +64,7 @@ def run(script: Path, ranks: int, *arguments: object) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, str(script), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=240
+        [*command, str(script), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -85,6 +88,15 @@ def plain_loss(model: torch.nn.Module, tokens: np.ndarray[tuple[int, ...], np.dt
         pytest.param({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, 4, marks=pytest.mark.slow),
         pytest.param({"sequence_parallel_size": 2, "zero_stage": 3}, 2, marks=pytest.mark.slow),
         pytest.param({"loss": "chunked", "zero_stage": 3}, 2, marks=pytest.mark.slow),
+        pytest.param(
+            {"loss": "chunked", "zero_stage": 3, "optimizer": "adamw_torch_8bit"},
+            2,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.timeout(900),  # both ranks compile the update
+                pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: '.[adamw-torch-8bit]'"),
+            ],
+        ),
     ],
 )
 def test_it_trains_on_given_tokens_and_keeps_the_weights(tmp_path: Path, layout: dict[str, object], ranks: int) -> None:

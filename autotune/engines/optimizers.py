@@ -11,9 +11,11 @@ from autotune.spec.workload import Workload
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], config: TrialConfig, workload: Workload
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's fused one, or bitsandbytes' with states of 8 bits (Dettmers et al., arXiv:2110.02861).
+    """AdamW: torch's fused one, or one with states of 8 bits (Dettmers et al., arXiv:2110.02861), by bitsandbytes or
+    torchao.
 
-    Of the latter each 256 values of a state share a scale; tensors of fewer than 4,096 values keep states in fp32.
+    Each 256 values of such a state share a scale. Tensors of fewer than 4,096 values keep states in fp32; torchao asks
+    this of what a rank has of a tensor, which must be blocks of 256 besides.
     """
     groups = _parameter_groups(list(parameters), workload.weight_decay)
     if config.optimizer == "adamw_8bit":
@@ -21,6 +23,11 @@ def build_optimizer(
 
         quantised: torch.optim.Optimizer = bitsandbytes.optim.AdamW(groups, lr=workload.learning_rate, optim_bits=8)
         return quantised
+    if config.optimizer == "adamw_torch_8bit":
+        from torchao.optim import AdamW8bit  # asks for GPUs, which only a rank may
+
+        compiled: torch.optim.Optimizer = AdamW8bit(groups, lr=workload.learning_rate)
+        return compiled
     return torch.optim.AdamW(groups, lr=workload.learning_rate, fused=True)
 
 

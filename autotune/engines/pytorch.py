@@ -10,8 +10,8 @@ and accelerate do (read in transformers 5.23 and accelerate 1.15), and what foll
   dtype, between the micro-steps. That is what the Trainer needs too, unless its `sync_each_batch` is set.
 - DDP searches for unused parameters unless activations are checkpointed (`Trainer._build_accelerator_args`).
 - One process is no DDP.
-- AdamW is torch's fused one, or bitsandbytes', with weight decay on matrices only. Clipping is `clip_grad_norm_`, whose
-  norm is global: DTensor gradients reduce over the mesh.
+- AdamW is torch's fused one, bitsandbytes' or torchao's, with weight decay on matrices only. Clipping is
+  `clip_grad_norm_`, whose norm is global: DTensor gradients reduce over the mesh.
 - Adapters of LoRA are fp32 like all that trains; frozen weights have the compute dtype, in which they are loaded.
 - fp16 has a dynamic loss scale (`torch.amp.GradScaler`, which accelerate uses with FSDP2 as well). accelerate refuses
   fp16 on CPU; torch can do it, so the code path is tested there.

@@ -133,7 +133,12 @@ def _quantization_config(study: Study, source: Best) -> str:
 def _train_script(study: Study, source: Best) -> str:
     space, config, workload = study.space, source.config, study.space.workload
     nodes = nodes_of(config, space)
-    needed = {"adamw-8bit": config.optimizer == "adamw_8bit", "liger": config.use_liger_kernel, "fp8": config.fp8}
+    needed = {
+        "adamw-8bit": config.optimizer == "adamw_8bit",
+        "adamw-torch-8bit": config.optimizer == "adamw_torch_8bit",
+        "liger": config.use_liger_kernel,
+        "fp8": config.fp8,
+    }
     extras = [name for name, is_needed in needed.items() if is_needed]
     text = TEMPLATES.get_template("train.py.j2").render(
         study=space.name,

@@ -15,7 +15,7 @@ from autotune.formats.bitsandbytes_json import TORCH_DTYPES, to_quantization_con
 from autotune.formats.peft_json import to_adapter_config
 from autotune.formats.training_args import checkpointing_argument
 from autotune.spec.cluster import Device
-from autotune.spec.config import KEPT_OPERATORS, MLP_TILES, TrialConfig
+from autotune.spec.config import KEPT_OPERATORS, MLP_TILES, Optimizer, TrialConfig
 from autotune.spec.workload import Workload
 
 Target = Literal["hf_trainer", "accelerate", "deepspeed", "autotune"]
@@ -25,7 +25,11 @@ exported train.py, which trains on the user's text with the engine that trials r
 
 _NAMES = {"hf_trainer": "transformers' Trainer", "accelerate": "accelerate"}
 
-_ADAM_8_BIT = "`bitsandbytes.optim.AdamW(…, optim_bits=8)`"
+_OPTIMIZERS: dict[Optimizer, str] = {
+    "adamw": "`torch.optim.AdamW(…, fused=True)`",
+    "adamw_8bit": "`bitsandbytes.optim.AdamW(…, optim_bits=8)`",
+    "adamw_torch_8bit": "`torchao.optim.AdamW8bit(…)`",
+}
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
@@ -137,6 +141,7 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
         todo += _adapters(config)
     if target == "hf_trainer":
         return todo
+    made = _OPTIMIZERS[config.optimizer]
     if config.activation_checkpointing != "none":
         every = f", every_n_layers={config.selective_every}" if config.selective_every else ""
         context = ""
@@ -159,12 +164,11 @@ def left_to_script(target: Target, config: TrialConfig, workload: Workload) -> l
         )
         if config.engine == "deepspeed":
             stands = "`accelerate.utils.DummyOptim`, which stands for the optimizer of the JSON"
-            todo.append(f"optimizes with {_ADAM_8_BIT if config.optimizer == 'adamw_8bit' else stands}")
+            todo.append(f"optimizes with {stands if config.optimizer == 'adamw' else made}")
         else:
-            made = _ADAM_8_BIT if config.optimizer == "adamw_8bit" else "`torch.optim.AdamW(…, fused=True)`"
             todo.append(f"optimizes with {made} and `accelerator.clip_grad_norm_(…, {workload.max_gradient_norm:g})`")
-    elif config.optimizer == "adamw_8bit":
-        todo.append(f"hands {_ADAM_8_BIT} to `deepspeed.initialize` as its `optimizer`")
+    elif config.optimizer != "adamw":
+        todo.append(f"hands {made} to `deepspeed.initialize` as its `optimizer`")
     return todo
 
 

@@ -12,8 +12,11 @@ from autotune.errors import UsageError
 from autotune.formats.deepspeed_json import check_deepspeed, to_hf_deepspeed
 from autotune.formats.foreign import Recording, asking, one_line
 from autotune.spec.cluster import Device
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import Optimizer, TrialConfig
 from autotune.spec.workload import Workload
+
+_SHORT_STATES: dict[Optimizer, str] = {"adamw_8bit": "adamw_bnb_8bit", "adamw_torch_8bit": "adamw_torch_8bit"}
+"""The Trainer's names."""
 
 
 def to_training_args(
@@ -43,8 +46,8 @@ def to_training_args(
         document[f"{checkpointing_argument()}_kwargs"] = {"use_reentrant": False, **every}
     if config.engine == "deepspeed":
         document["deepspeed"] = to_hf_deepspeed(config, workload, nvme_path)
-    if config.optimizer == "adamw_8bit":
-        document["optim"] = "adamw_bnb_8bit"
+    if config.optimizer in _SHORT_STATES:
+        document["optim"] = _SHORT_STATES[config.optimizer]
     elif config.engine == "pytorch":  # DeepSpeed's JSON names its own
         document["optim"] = "adamw_torch_fused"
     if config.use_liger_kernel:

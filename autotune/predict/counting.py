@@ -56,6 +56,8 @@ def count_operators(model: ModelSpec, config: TrialConfig) -> Operators:
     Raises:
         UsageError: the engine refuses the config.
     """
+    if config.optimizer == "adamw_torch_8bit":  # compiled: nothing is dispatched that could be counted
+        config = replace(config, optimizer="adamw")
     depth = model.num_hidden_layers
     if depth <= WHOLE_LAYERS:
         return Operators(tuple(_rows(_count(model, config, depth))))

@@ -116,7 +116,7 @@ def fake_trial(
         if placed is not None:
             where = dict(placed)
             stack.enter_context(_replaced(autotune.engines.device_map, "balanced_map", lambda model, config: where))
-        if request.config.torch_compile:
+        if request.config.torch_compile or request.config.optimizer == "adamw_torch_8bit":
             stack.enter_context(separate_compilation())
             for owner, name, substitute in without_kernels([FakeData, type(observer)]):
                 stack.enter_context(_replaced(owner, name, substitute))

@@ -241,15 +241,20 @@ def _structure(model: ModelSpec, config: TrialConfig, accumulates: bool, rank: i
             "config": fields,
             "accumulates": accumulates,
             "rank": rank,
-            "versions": _versions() | (_version("bitsandbytes") if _asks_bitsandbytes(config) else {}),
+            "versions": _versions() | {package: importlib.metadata.version(package) for package in _extras(config)},
             **({"batches": batches} if batches else {}),
         },
         sort_keys=True,
     )
 
 
-def _asks_bitsandbytes(config: TrialConfig) -> bool:
-    return config.method == "qlora" or config.optimizer == "adamw_8bit"
+def _extras(config: TrialConfig) -> list[str]:
+    """Packages that a traced step runs besides."""
+    asked = {
+        "bitsandbytes": config.method == "qlora" or config.optimizer == "adamw_8bit",
+        "torchao": config.optimizer == "adamw_torch_8bit",
+    }
+    return [package for package, is_asked in asked.items() if is_asked]
 
 
 def _with_window(model: dict[str, Any], config: TrialConfig) -> dict[str, Any]:
@@ -265,10 +270,6 @@ def _with_window(model: dict[str, Any], config: TrialConfig) -> dict[str, Any]:
         return model
     masked = config.attention == "sdpa" and config.sequence_length >= window
     return model | {"sliding_window": _NARROW if masked else _WIDE}
-
-
-def _version(package: str) -> dict[str, str]:
-    return {package: importlib.metadata.version(package)}
 
 
 @functools.cache

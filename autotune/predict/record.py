@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
 from autotune.modeling.memory_tracker import MemoryTracker
@@ -232,5 +233,8 @@ def _name(operator: Any) -> str:
 
 
 def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
-    local = getattr(tensor, "_local_tensor", tensor)
-    return [local.untyped_storage()] if local.layout is torch.strided and not local.is_meta else []
+    """Of a DTensor its local tensor's; of one that is several, such as numbers and their scales, all."""
+    if is_traceable_wrapper_subclass(tensor):
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return [storage for part in parts if isinstance(part, torch.Tensor) for storage in _storages(part)]
+    return [tensor.untyped_storage()] if tensor.layout is torch.strided and not tensor.is_meta else []

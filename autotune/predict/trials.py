@@ -12,7 +12,14 @@ from autotune.predict.network import Counts
 from autotune.predict.shape import DecoderShape
 from autotune.predict.step import counts
 from autotune.space.space import Space
-from autotune.spec.config import SECOND_PARTITION, STAGES_PER_RANK, WITHIN_SEQUENCES, PipelineSchedule, TrialConfig
+from autotune.spec.config import (
+    SECOND_PARTITION,
+    SHORT_STATES,
+    STAGES_PER_RANK,
+    WITHIN_SEQUENCES,
+    PipelineSchedule,
+    TrialConfig,
+)
 from autotune.spec.workload import Workload
 
 BATCHED = ("batching", "micro_batch_size", "attention")
@@ -122,7 +129,7 @@ class Trials:
             ),
             on_mlp=np.array([config.lora_target_modules in ("all-linear", "mlp") for config in configs], bool),
             quantized=np.array([config.method == "qlora" for config in configs], bool),
-            short_states=np.array([config.optimizer == "adamw_8bit" for config in configs], bool),
+            short_states=np.array([config.optimizer in SHORT_STATES for config in configs], bool),
             in_turn=counts([config.gpus_per_rank for config in configs]),
         )
 
@@ -184,7 +191,7 @@ class Trials:
             on_attention=adapted & (targets != "mlp"),
             on_mlp=adapted & (targets != "attention"),
             quantized=values("method") == "qlora",
-            short_states=values("optimizer") == "adamw_8bit",
+            short_states=np.isin(values("optimizer"), SHORT_STATES),
             in_turn=in_turn,
         )
         return trials, kinds

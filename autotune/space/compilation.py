@@ -13,16 +13,23 @@ from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
 
-@reads("torch_compile")
-def _compiler(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
-    if not config.torch_compile:
-        return None
+def missing_compiler(cluster: ClusterSpec) -> str | None:
+    """What torch's inductor needs and this machine has not got, in words that follow "needs"; None where all is there.
+
+    Of triton a machine without NVIDIA's driver, which only plans, says nothing.
+    """
     compiler = os.environ.get("CXX", "g++")
     if cluster.device == "cpu" and shutil.which(compiler) is None:
-        return f"torch_compile needs a C++ compiler on CPUs, and {compiler} is not on the PATH"
+        return f"a C++ compiler on CPUs, and {compiler} is not on the PATH"
     if cluster.device == "cuda" and DRIVER.exists() and importlib.util.find_spec("triton") is None:
-        return "torch_compile needs triton, which is not installed: it comes with PyTorch's builds for CUDA"
+        return "triton, which is not installed: it comes with PyTorch's builds for CUDA"
     return None
+
+
+@reads("torch_compile")
+def _compiler(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
+    missing = missing_compiler(cluster) if config.torch_compile else None
+    return None if missing is None else f"torch_compile needs {missing}"
 
 
 @reads("torch_compile", "engine", "loss", *DEGREES)

@@ -2,10 +2,11 @@
 
 import importlib.util
 
+from autotune.space.compilation import missing_compiler
 from autotune.space.rule import Rule, reads
 from autotune.spec.adapters import trainable_parameters
 from autotune.spec.cluster import ClusterSpec
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import Optimizer, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
@@ -17,11 +18,43 @@ _SUB_GROUP_SIZE = 10**9
 """DeepSpeed's own, runtime/zero/config.py."""
 
 
+_NEEDED: dict[Optimizer, tuple[str, str]] = {
+    "adamw_8bit": ("bitsandbytes", "adamw-8bit"),
+    "adamw_torch_8bit": ("torchao", "adamw-torch-8bit"),
+}
+"""The package that is the optimizer, and our extra that brings it."""
+
+
 @reads("optimizer")
 def _installed(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
-    if config.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        return "optimizer adamw_8bit needs bitsandbytes, which is not installed: pip install 'autotune-llm[adamw-8bit]'"
+    package, extra = _NEEDED.get(config.optimizer, (None, None))
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return f"optimizer {config.optimizer} needs {package}, which is not installed: pip install 'autotune-llm[{extra}]'"
+
+
+@reads("optimizer")
+def _compiled(config: TrialConfig, _work: Workload, _model: ModelSpec, cluster: ClusterSpec) -> str | None:
+    missing = missing_compiler(cluster) if config.optimizer == "adamw_torch_8bit" else None
+    return None if missing is None else f"optimizer adamw_torch_8bit compiles its update, which needs {missing}"
+
+
+@reads("optimizer", "engine")
+def _engine(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.optimizer == "adamw_torch_8bit" and config.engine == "deepspeed":
+        return "optimizer adamw_torch_8bit has not been tried on engine deepspeed; use adamw_8bit"
     return None
+
+
+@reads("optimizer", "precision", "method", "torch_compile")
+def _untried(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
+    if config.optimizer != "adamw_torch_8bit":
+        return None
+    if config.method != "full":
+        return f"optimizer adamw_torch_8bit has not been tried with method {config.method}, of few states; use adamw"
+    if config.precision == "fp16":
+        return "optimizer adamw_torch_8bit has not been tried with the loss scale of precision fp16; use bf16"
+    return "optimizer adamw_torch_8bit has not been tried with torch_compile true" if config.torch_compile else None
 
 
 @reads("optimizer", "engine", "zero_stage", "tensor_parallel_size")
@@ -33,15 +66,19 @@ def _whole_tensors(config: TrialConfig, _work: Workload, _model: ModelSpec, _clu
         if value > (field == "tensor_parallel_size"):
             return (
                 f"optimizer adamw_8bit does not know the DTensors that {field} {value} makes on engine pytorch;"
-                " engine deepspeed shards what it can take"
+                " use adamw_torch_8bit"
             )
     return None
 
 
 @reads("optimizer", "offload")
 def _on_the_gpu(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
-    if config.optimizer == "adamw_8bit" and config.offload != "none":
+    if config.offload == "none":
+        return None
+    if config.optimizer == "adamw_8bit":
         return f"offload {config.offload} updates by DeepSpeed's Adam of the host, whose states are fp32; use adamw"
+    if config.optimizer == "adamw_torch_8bit":
+        return f"optimizer adamw_torch_8bit has not been tried with offload {config.offload}; use adamw"
     return None
 
 
@@ -63,4 +100,12 @@ def _counts_in_32_bits(config: TrialConfig, _work: Workload, model: ModelSpec, _
     )
 
 
-OPTIMIZER_RULES: tuple[Rule, ...] = (_installed, _whole_tensors, _on_the_gpu, _counts_in_32_bits)
+OPTIMIZER_RULES: tuple[Rule, ...] = (
+    _installed,
+    _compiled,
+    _engine,
+    _untried,
+    _whole_tensors,
+    _on_the_gpu,
+    _counts_in_32_bits,
+)

@@ -13,7 +13,7 @@ ActivationCheckpointing = Literal["none", "full", "selective", "selective_ops"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
 Loss = Literal["full_logits", "chunked"]
-Optimizer = Literal["adamw", "adamw_8bit"]
+Optimizer = Literal["adamw", "adamw_8bit", "adamw_torch_8bit"]
 Method = Literal["full", "lora", "qlora"]
 LoraTargets = Literal["all-linear", "attention", "mlp"]
 DeviceMap = Literal["none", "auto"]
@@ -57,6 +57,8 @@ ZERO_QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
 MLP_TILES = 8
 """Pieces of a sequence, or of what a rank has of it, for which `tiled_mlp` computes an MLP one after another. ALST's
 guides take as many as `hidden_size` goes into the length, rounded up: 7 of 32,768 tokens of Qwen3-32B."""
+SHORT_STATES: tuple[Optimizer, ...] = ("adamw_8bit", "adamw_torch_8bit")
+"""Under which Adam's two states have 8 bits."""
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -136,7 +138,8 @@ class TrialConfig:
     """How sequences of different lengths become a micro-batch. `fixed`: they have one length. `padded`: to
     `sequence_length`; `dynamic_padding`: to the longest of the micro-batch. `packed`: one after another in one row."""
     optimizer: Optimizer = "adamw"
-    """`adamw`: Adam's two states are fp32. `adamw_8bit`: they have 8 bits a value, by bitsandbytes."""
+    """`adamw`: Adam's two states are fp32. `adamw_8bit`: they have 8 bits a value, by bitsandbytes. `adamw_torch_8bit`:
+    the same by torchao, which takes sharded tensors and compiles its update. The name is the Trainer's."""
     zero_quantized_weights: bool = False
     """ZeRO-3 gathers parameters as 8-bit integers (ZeRO++'s qwZ)."""
     zero_quantized_gradients: bool = False

@@ -102,6 +102,20 @@ def test_what_a_file_cannot_say_is_said_to_the_script() -> None:
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        ("adamw", "`torch.optim.AdamW(…, fused=True)`"),
+        ("adamw_8bit", "`bitsandbytes.optim.AdamW(…, optim_bits=8)`"),
+        ("adamw_torch_8bit", "`torchao.optim.AdamW8bit(…)`"),
+    ],
+)
+def test_a_script_on_accelerate_makes_the_optimizer(optimizer: str, words: str) -> None:
+    trial = config(engine="pytorch", optimizer=optimizer)
+    assert any(f"optimizes with {words} and" in line for line in left_to_script("accelerate", trial, WORKLOAD))
+    assert not any(words in line for line in left_to_script("hf_trainer", trial, WORKLOAD))
+
+
+@pytest.mark.parametrize(
     ("batching", "words"),
     [
         ("padded", 'padding="max_length", max_length=4096'),

@@ -95,6 +95,12 @@ def test_the_trainer_makes_the_optimizer_that_deepspeed_does_not_have(engine: st
     assert filled.get("zero_allow_untested_optimizer", False) == (engine == "deepspeed")
 
 
+def test_torchaos_optimizer_has_the_trainers_own_name() -> None:
+    document = to_training_args(config(engine="pytorch", zero_stage=3, optimizer="adamw_torch_8bit"), WORKLOAD, "cuda")
+    assert document["optim"] == "adamw_torch_8bit"
+    assert check_training_args(document) == {}
+
+
 def test_checking_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

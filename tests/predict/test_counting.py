@@ -85,3 +85,8 @@ def test_operators_are_counted_once(model: ModelSpec, tmp_path: Path, monkeypatc
     monkeypatch.setattr(counting, "count_operators", lambda *args: pytest.fail("counted again"))
     operators.cache_clear()
     assert operators(name) == first
+
+
+def test_a_compiled_update_is_counted_as_one_that_is_not(model: ModelSpec) -> None:
+    """It dispatches nothing; torchao, which compiles it, is not asked for."""
+    assert count_operators(model, replace(DDP, optimizer="adamw_torch_8bit")) == count_operators(model, DDP)

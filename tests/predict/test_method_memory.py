@@ -3,6 +3,7 @@ reach, on every engine, stage and layout.
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -31,6 +32,10 @@ def lora(engine: str, stage: int, **fields: Any) -> dict[str, Any]:
 def short_states(engine: str, stage: int, **fields: Any) -> dict[str, Any]:
     keys = {"deepspeed": dict(SMALL_BUCKETS)} if engine == "deepspeed" else {}
     return {"engine": engine, "zero_stage": stage, "precision": "bf16", "optimizer": "adamw_8bit", **keys, **fields}
+
+
+def by_torchao(stage: int, **fields: Any) -> dict[str, Any]:
+    return {"engine": "pytorch", "zero_stage": stage, "precision": "bf16", "optimizer": "adamw_torch_8bit", **fields}
 
 
 def compiled(stage: int, **fields: Any) -> dict[str, Any]:
@@ -72,6 +77,16 @@ CASES = [
     *((True, 12, 2, 2, short_states("deepspeed", stage, **FULL)) for stage in range(4)),
     (True, 12, 2, 2, short_states("deepspeed", 0, precision="fp32")),
     (True, 12, 2, 2, short_states("deepspeed", 2, method="lora", lora_rank=4, lora_alpha=8, lora_target_modules="mlp")),
+    (True, 2, 2, 2, by_torchao(3, **FULL)),
+    (True, 12, 2, 2, by_torchao(3)),
+    (True, 12, 2, 2, by_torchao(2, precision="fp32")),
+    (True, 12, 2, 2, by_torchao(0, precision="fp32")),
+    (True, 2, 1, 1, by_torchao(0, **FULL)),
+    (True, 12, 2, 2, by_torchao(0, **degrees(tensor=2), loss="chunked")),
+    (True, 4, 2, 4, by_torchao(3, **degrees(tensor=2))),
+    (True, 4, 2, 4, by_torchao(3, data_parallel_replicate_size=2)),
+    (True, 4, 2, 2, by_torchao(3, **degrees(sequence=2), **FULL)),
+    (True, 8, 4, 2, by_torchao(0, **PIPELINE)),
     (True, 12, 2, 2, compiled(3)),
     (True, 12, 2, 2, compiled(0)),
     (True, 4, 2, 2, compiled(0, precision="fp32")),
@@ -87,6 +102,8 @@ CASES = [
     [pytest.param(*case, marks=[pytest.mark.slow] if dear else []) for dear, *case in CASES],
 )
 def test_every_rank_is_predicted(pool: NodePool, layers: int, steps: int, gpus: int, fields: dict[str, Any]) -> None:
+    if fields.get("optimizer") == "adamw_torch_8bit" and find_spec("torchao") is None:
+        pytest.skip("needs torchao: '.[adamw-torch-8bit]'")
     request = a_request(layers, steps, gpus, fields)
     of_a_stage = gpus // request.config.pipeline_parallel_size
     tolerance = PYTORCH if request.config.engine == "pytorch" else DEEPSPEED
