@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from autotune.cli.interrupts import insistent_interrupts
 from autotune.cli.options import DEFAULT_STORE, JsonOption, StoreOption, print_json
 from autotune.errors import ExitCode, StoreError, StudyBusyError, UsageError
 
@@ -97,8 +96,8 @@ def tune(
         open_store(store, create=True) as database,
         Lease(database, file.study, on_lost=_stop_this_process) as lease,
         connected(address, space.cluster if space else None),
-        insistent_interrupts(),  # Ray has replaced the handler
     ):
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray has replaced the handler
         if space is None:
             space = load_space(space_path, detect())
         require(space.cluster)
