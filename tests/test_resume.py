@@ -48,10 +48,9 @@ class Tuned:
 
     def start(self) -> subprocess.Popen[bytes]:
         arguments = ["tune", str(self.folder / "space.yaml"), "--store", self.store, "--out", str(self.folder / "out")]
+        command = [sys.executable, "-m", "autotune", *arguments, "--json"]
         with (self.folder / "log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "autotune", *arguments, "--json"], stdout=log, stderr=log, cwd=ROOT
-            )
+            return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=_take_interrupts)
 
     def end(self) -> dict[str, Any]:
         process = self.start()
@@ -70,6 +69,11 @@ class Tuned:
                 return store.trials("sample")
         except StoreError:  # not created yet
             return []
+
+
+def _take_interrupts() -> None:
+    """Shells have what they start in the background ignore them, the tests and so their children among it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def findings(trials: list[TrialRecord]) -> dict[str, tuple[str, int]]:
