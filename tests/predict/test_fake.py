@@ -234,6 +234,7 @@ def compiled(request: TrialRequest) -> TrialRequest:
     return replace(request, config=replace(request.config, torch_compile=True))
 
 
+@pytest.mark.slow
 def test_compiled_layers_need_less_and_leave_nothing_behind() -> None:
     before = surroundings()
     request = a_request("pytorch", 3, accumulation=1)
