@@ -127,6 +127,7 @@ def test_a_plan_needs_to_know_the_hardware(tmp_path: Path) -> None:
     assert "state nodes, gpus_per_node, gpu" in error_of(run)
 
 
+@pytest.mark.slow
 def test_tune_launches_nothing_where_nothing_fits(tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_text(space_text(search=SEARCH, baseline=..., cluster=a_cluster("2MiB")))

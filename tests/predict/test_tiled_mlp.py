@@ -41,7 +41,7 @@ def tiled(engine: str, stage: int, **fields: Any) -> dict[str, Any]:
 
 CASES = [
     (False, 2, 2, 2, tiled("pytorch", 3, **FULL)),
-    (False, 2, 2, 2, tiled("deepspeed", 3, **FULL)),
+    (True, 2, 2, 2, tiled("deepspeed", 3, **FULL)),
     (True, 8, 2, 2, tiled("pytorch", 3)),
     (True, 8, 2, 2, tiled("pytorch", 2, **SELECTIVE, precision="fp32")),
     (True, 8, 2, 2, tiled("pytorch", 0)),
