@@ -165,11 +165,11 @@ def test_adapters_behind_nothing_that_trains_get_no_gradient_from_deepspeed(rank
 # ---- memory
 
 
-class Widest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Widest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has not annotated it
     """Tokens of the longest tensor (batch, tokens, width) as wide as an MLP is between its matrices."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # the same
         self.tokens = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
