@@ -110,10 +110,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     process.kill()
     process.wait()
     finished_when_killed = progress(store)[0]
-    # Workers and trials must be gone at once. Ray's agents poll for the end of their raylet and may take longer; by
+    # Workers and trials must be gone at once. Ray's agents poll for the end of their raylet and take half a minute; by
     # the end of the last run they must be gone too.
-    _, alive = psutil.wait_procs(family, timeout=30)
-    orphans = [f"{p.pid} {p.name()}" for p in alive if not p.name().startswith("ray::")]
+    _, alive = psutil.wait_procs([p for p in family if p.is_running() and not p.name().startswith("ray::")], timeout=30)
+    orphans = [f"{p.pid} {p.name()}" for p in alive]
 
     process = until(folder, store, TRIALS, confirmed=1)
     process.send_signal(signal.SIGTERM)

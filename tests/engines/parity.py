@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -194,6 +194,14 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
         return self.server.call(self.count, function, arguments, seconds)
+
+
+def few(cases: Iterable[Any], default: Collection[Any]) -> list[Any]:
+    """All cases, as parameters of a test; those marked slow that are not among the default ones."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if case in default else pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def serve(connection: Connection, modules: Sequence[str]) -> None:

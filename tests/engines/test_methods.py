@@ -27,6 +27,7 @@ from tests.engines.parity import (
     Ranks,
     Trace,
     assert_equal,
+    few,
     optimizer_steps,
     plain_steps,
     tiny,
@@ -96,14 +97,6 @@ def plain_training(targets: LoraTargets = "all-linear", rate: float = RATE, pack
 
 STAGES = [("deepspeed", stage) for stage in range(4)] + [("pytorch", stage) for stage in (0, 2, 3)]
 DEFAULT = [("deepspeed", 2), ("deepspeed", 3), ("pytorch", 0), ("pytorch", 3)]
-
-
-def few(cases: list[Any], default: list[Any]) -> list[Any]:
-    """All cases, those marked slow that are not among the default ones."""
-    return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if case in default else pytest.mark.slow)
-        for case in cases
-    ]
 
 
 def test_reference_moves() -> None:

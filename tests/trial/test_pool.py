@@ -122,13 +122,7 @@ assert threads == 1, f"the preload starts {threads - 1} threads"
 """
 
 
-def test_the_preload_touches_no_cuda_and_starts_no_thread() -> None:
-    environment = os.environ | trial_environment("cuda", "/nonexistent")
-    done = subprocess.run([sys.executable, "-c", PRELOAD_WITHOUT_CUDA], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_preload_leaves_torchao_to_the_ranks(tmp_path: Path) -> None:
+def test_the_preload_touches_no_cuda_starts_no_thread_and_leaves_torchao_to_the_ranks(tmp_path: Path) -> None:
     (tmp_path / "torchao").mkdir()
     (tmp_path / "torchao" / "__init__.py").write_text("import torch\ntorch.cuda.is_available()\n")
     (tmp_path / "torchao-0.18.0.dist-info").mkdir()
