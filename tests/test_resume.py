@@ -22,8 +22,9 @@ from tests.samples import space_text
 
 ROOT = Path(__file__).parents[1]
 KILLS = 10
+# Every candidate fits, and none is stopped early where a slow one may need least memory: two runs find the same out.
 SPACE = space_text(
-    cluster={"nodes": 1, "gpus_per_node": 2, "gpu": "cpu", "memory_bytes": "48MiB"},
+    cluster={"nodes": 1, "gpus_per_node": 2, "gpu": "cpu", "memory_bytes": "64MiB"},
     workload={"global_batch_size": 64, "sequence_length": 128},
     search={
         "engine": "pytorch",
@@ -34,6 +35,7 @@ SPACE = space_text(
         "micro_batch_size": [1, 2, 4],
     },
     baseline=...,
+    objective={"minimize": "peak_device_used_bytes"},
     budget={"trials": 100, "trial_seconds": 60},
 )
 

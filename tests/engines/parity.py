@@ -19,6 +19,7 @@ import torch.multiprocessing as multiprocessing
 from torch import distributed
 from torch.nn import functional
 from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotune.engines.batches import micro_batch, sequence
 from autotune.engines.engine import Engine
@@ -149,6 +150,21 @@ def optimizer_steps(rank: int, trial: TrialRequest, engine: Engine) -> Trace:
     # Of a collective's result that nobody waits for torch keeps the memory, step after step.
     assert torch._C._distributed_c10d._get_work_registry_size() == 0
     return trace
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has not annotated it
+    """`elements` of the largest tensor that an operator returned, of those that `counts`."""
+
+    def __init__(self, counts: Callable[[torch.Tensor], bool]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # the same
+        self.counts = counts
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and self.counts(result):
+            self.elements = max(self.elements, result.numel())
+        return result
 
 
 class RankServer:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import SequenceParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autotune.engines.engine import build_engine
@@ -21,6 +20,7 @@ from tests.engines.parity import (
     CPU,
     SMALL_BUCKETS,
     VOCAB,
+    Largest,
     Ranks,
     Trace,
     assert_equal,
@@ -329,27 +329,16 @@ def test_a_wrong_layout_is_found(ranks: Ranks, reference: Trace, wrong: type[Lay
 # ---- memory
 
 
-class LargestLogits(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Elements of the largest tensor as wide as the vocabulary."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        transposed_weight = isinstance(result, torch.Tensor) and result.shape == (HIDDEN, VOCAB)
-        if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCAB,) and not transposed_weight:
-            self.found = max(self.found, result.numel())
-        return result
+def is_logits(tensor: torch.Tensor) -> bool:
+    """Whether it is as wide as the vocabulary, and no transposed weight."""
+    return tensor.shape[-1:] == (VOCAB,) and tensor.shape != (HIDDEN, VOCAB)
 
 
 def largest_logits(rank: int, trial: TrialRequest) -> int:
-    engine = build_engine(trial, CPU)
-    logits = LargestLogits()
+    engine, logits = build_engine(trial, CPU), Largest(is_logits)
     with logits:
         optimizer_steps(rank, trial, engine)
-    return logits.found
+    return logits.elements
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotune.engines.engine import build_engine
 from autotune.engines.tiled_mlp import in_tiles
@@ -15,6 +14,7 @@ from tests.engines import test_methods as methods
 from tests.engines.parity import (
     CPU,
     SEQUENCE_LENGTH,
+    Largest,
     Ranks,
     Trace,
     assert_equal,
@@ -161,25 +161,17 @@ def test_adapters_behind_nothing_that_trains_get_no_gradient_from_deepspeed(rank
 # ---- memory
 
 
-class Widest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has not annotated it
-    """Tokens of the longest tensor (batch, tokens, width) as wide as an MLP is between its matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # the same
-        self.tokens = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.dim() == 3 and result.shape[2] == INTERMEDIATE:
-            self.tokens = max(self.tokens, result.shape[:2].numel())
-        return result
+def is_between_the_matrices(tensor: torch.Tensor) -> bool:
+    """Whether it is (batch, tokens, width) of an MLP."""
+    return tensor.dim() == 3 and tensor.shape[2] == INTERMEDIATE
 
 
 def widest(rank: int, trial: TrialRequest) -> int:
-    engine, seen = build_engine(trial, CPU), Widest()
+    """Tokens of the longest such tensor."""
+    engine, seen = build_engine(trial, CPU), Largest(is_between_the_matrices)
     with seen:
         optimizer_steps(rank, trial, engine)
-    return seen.tokens
+    return seen.elements // INTERMEDIATE
 
 
 @pytest.mark.parametrize(
