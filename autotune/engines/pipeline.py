@@ -59,6 +59,9 @@ class PipelineEngine(LayoutEngine):
             )
             for index, module in zip(mine, modules, strict=True)
         ]
+        for index, module in zip(mine, modules, strict=True):
+            if index != stages - 1:
+                module.register_forward_hook(_announced(shapes.hidden()))
         batches = request.workload.gradient_accumulation_steps(config)
         # Gradients are those of the mean over the micro-batches already, see `_share`.
         if schedule is None:
@@ -109,6 +112,22 @@ class PipelineEngine(LayoutEngine):
         return loss.sum() / self._accumulation
 
 
+def _announced(expected: torch.Tensor) -> Callable[[torch.nn.Module, Any, torch.Tensor], None]:
+    """A forward hook that holds a stage to what the next one receives.
+
+    Messages are bytes: those of another dtype or shape arrive as other numbers, beside memory that nobody wrote, and
+    neither torch nor gloo says so.
+    """
+
+    def hold(_stage: torch.nn.Module, _inputs: Any, sent: torch.Tensor) -> None:
+        assert (sent.shape, sent.dtype) == (expected.shape, expected.dtype), (
+            f"a stage sends {tuple(sent.shape)} of {sent.dtype}, and the next receives {tuple(expected.shape)}"
+            f" of {expected.dtype}"
+        )
+
+    return hold
+
+
 class _Shapes:
     """What stages send each other, as tensors on meta."""
 
@@ -118,8 +137,10 @@ class _Shapes:
         self._tokens = config.sequence_length // config.sequence_parallel_size
         self._share = self._tokens // config.tensor_parallel_size
         self._width = request.model.hidden_size
-        # FSDP2 casts the parameters, the embedding's too; under autocast alone the residual stream stays fp32.
-        self._dtype = COMPUTE_DTYPES[config.precision] if config.zero_stage else torch.float32
+        # FSDP2 casts the parameters, the embedding's too, and a frozen embedding has the compute dtype; under autocast
+        # alone the residual stream stays fp32.
+        is_cast = config.zero_stage > 0 or config.method != "full"
+        self._dtype = COMPUTE_DTYPES[config.precision] if is_cast else torch.float32
 
     def tokens(self) -> torch.Tensor:
         """Into the first stage: (batch, tokens)."""

@@ -54,10 +54,10 @@ def request(engine: str, stage: int, rate: float = RATE, **fields: Any) -> Trial
     return dataclasses.replace(trial, workload=dataclasses.replace(WORKLOAD, learning_rate=rate))
 
 
-def laid_out(text: str, gpus: int) -> TrialRequest:
+def laid_out(text: str, gpus: int, rate: float = RATE, **more: Any) -> TrialRequest:
     """A trial of a layout such as `tp2 full`."""
     fields = layout(text)
-    return request("pytorch", fields.pop("zero_stage"), gpus=gpus, **fields)
+    return request("pytorch", fields.pop("zero_stage"), rate, gpus=gpus, **fields, **more)
 
 
 class ByHand(torch.nn.Module):
@@ -153,6 +153,36 @@ FOUR = ["tp2 zero3 full", "sp4 zero3", "tp2 sp2 zero2 chunked", "pp2 1f1b tp2 fu
 def test_layouts_of_two_ranks(ranks: Ranks, text: str) -> None:
     for trace in ranks.run(train, laid_out(text, 2), build_engine):
         assert_equal(trace, plain_training())
+
+
+SHORT = [
+    "pp2 1f1b full",
+    "pp2 interleaved_1f1b mb1",
+    "pp2 zero_bubble",
+    "tp2",
+    "sp2 zero0",
+    "zero3 chunked",
+]
+
+
+@pytest.mark.parametrize("text", few(SHORT, SHORT[:1]))
+def test_layouts_in_mixed_precision(ranks: Ranks, text: str) -> None:
+    """Frozen weights are bf16, and so is what stages of a pipeline send each other."""
+    for trace in ranks.run(unwritten_is_nan, laid_out(text, 2, STEADY_RATE, precision="bf16")):
+        assert_equal(trace, plain_training(rate=STEADY_RATE), loss_rtol=1e-3, norm_rtol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["pp2 1f1b", "pp2 zero_bubble full"])
+def test_pipelines_with_weights_in_4_bits(ranks: Ranks, text: str) -> None:
+    for trace in ranks.run(unwritten_is_nan, laid_out(text, 2, STEADY_RATE, method="qlora", precision="bf16")):
+        assert_equal(trace, plain_training(packed=True, rate=STEADY_RATE), loss_rtol=1e-3, norm_rtol=2e-2)
+
+
+def unwritten_is_nan(rank: int, trial: TrialRequest) -> Trace:
+    """A trace that is nan if memory was read that nobody had written: as a rule that is zeros, which hides it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return train(rank, trial, build_engine)
 
 
 @pytest.mark.slow
