@@ -1,0 +1,1 @@
+"""A package, so that its cluster, of scope `package`, ends with it."""
