@@ -1,5 +1,6 @@
 """The search-space file: a YAML document, validated key by key."""
 
+import difflib
 import re
 import shlex
 import stat
@@ -34,6 +35,7 @@ MAX_YAML_NODES = 100_000
 """A file of this size cannot have so many; aliases of aliases can."""
 MAX_AXIS_VALUES = 1000
 MAX_COUNT = 10**9
+MAX_SIBLINGS = 8
 
 T = TypeVar("T")
 
@@ -406,13 +408,22 @@ def _sentence(error: ValidationError) -> str:
     more = error.error_count() - 1
     others = f" ({more} more problem{'s' if more > 1 else ''} in this file)" if more else ""
     if first["type"] == "extra_forbidden":
-        siblings = _siblings([str(part) for part in names])
-        allowed = f"; allowed here: {', '.join(siblings)}" if siblings else ""
-        return f"{key}: is not a key of a search space{allowed}{others}"
+        return f"{key}: is not a key of a search space{_allowed([str(part) for part in names])}{others}"
     if first["type"] == "missing":
         return f"{key}: is missing{others}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}: found {shown(first['input'])}; {message[0].lower()}{message[1:]}{others}"
+
+
+def _allowed(names: list[str]) -> str:
+    """What is allowed in place of an unknown key, or of many the nearest, so that the message stays a sentence."""
+    siblings = _siblings(names)
+    if not siblings:
+        return ""
+    if len(siblings) <= MAX_SIBLINGS:
+        return f"; allowed here: {', '.join(siblings)}"
+    nearest = difflib.get_close_matches(names[-1], siblings, n=MAX_SIBLINGS, cutoff=0.0)
+    return f"; allowed here: {', '.join(nearest)} and {len(siblings) - len(nearest)} more"
 
 
 def _name(part: int | str) -> str:

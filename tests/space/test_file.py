@@ -32,7 +32,10 @@ def test_yaml_floats_without_a_dot_are_numbers() -> None:
     ("changes", "words"),
     [
         ({"serach": {}}, ["serach", "is not a key", "search"]),
-        ({"search": {"micro_batch": [1]}}, ["search.micro_batch", "is not a key", "micro_batch_size"]),
+        (
+            {"search": {"micro_batch": [1]}},
+            ["search.micro_batch", "is not a key", "allowed here: micro_batch_size, ", " more"],
+        ),
         ({"search": {"micro_batch_size": []}}, ["search.micro_batch_size", "at least one value"]),
         ({"search": {"micro_batch_size": [1, 1]}}, ["search.micro_batch_size", "twice"]),
         ({"search": {"micro_batch_size": ["big"]}}, ["search.micro_batch_size", "'big'", "integer"]),

@@ -134,7 +134,7 @@ def read_or_refuse(path: Path) -> str:
         message = str(error)
         assert str(path) in message
         assert message.isprintable(), message
-        assert len(message) < 700, message
+        assert len(message) < 600, message
         return message
     assert text
     if space is not None:
