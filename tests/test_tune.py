@@ -107,12 +107,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     store = f"sqlite:///{folder}/x/a.db"
     process = until(folder, store, 5)
     family = psutil.Process(process.pid).children(recursive=True)
+    at_once = [child for child in family if not child.name().startswith("ray::")]
     process.kill()
     process.wait()
     finished_when_killed = progress(store)[0]
     # Workers and trials must be gone at once. Ray's agents poll for the end of their raylet and take half a minute; by
     # the end of the last run they must be gone too.
-    _, alive = psutil.wait_procs([p for p in family if p.is_running() and not p.name().startswith("ray::")], timeout=30)
+    _, alive = psutil.wait_procs(at_once, timeout=30)
     orphans = [f"{p.pid} {p.name()}" for p in alive]
 
     process = until(folder, store, TRIALS, confirmed=1)

@@ -47,21 +47,14 @@ class PipelineEngine(LayoutEngine):
         self._has_first, self._has_last = rank == 0, rank == ranks - 1
         modules = [self._stage(request, device, index, stages) for index in mine]
         shapes = _Shapes(request)
-        pipelined = [
-            PipelineStage(
-                module,
-                index,
-                stages,
-                device,
-                input_args=shapes.tokens() if index == 0 else shapes.hidden(),
-                output_args=shapes.loss() if index == stages - 1 else shapes.hidden(),
-                group=group,
-            )
-            for index, module in zip(mine, modules, strict=True)
-        ]
+        pipelined = []
         for index, module in zip(mine, modules, strict=True):
-            if index != stages - 1:
-                module.register_forward_hook(_announced(shapes.hidden()))
+            sent = shapes.loss() if index == stages - 1 else shapes.hidden()
+            module.register_forward_hook(_announced(sent))
+            received = shapes.tokens() if index == 0 else shapes.hidden()
+            pipelined.append(
+                PipelineStage(module, index, stages, device, input_args=received, output_args=sent, group=group)
+            )
         batches = request.workload.gradient_accumulation_steps(config)
         # Gradients are those of the mean over the micro-batches already, see `_share`.
         if schedule is None:
@@ -113,7 +106,7 @@ class PipelineEngine(LayoutEngine):
 
 
 def _announced(expected: torch.Tensor) -> Callable[[torch.nn.Module, Any, torch.Tensor], None]:
-    """A forward hook that holds a stage to what the next one receives.
+    """A forward hook that holds a stage to what was announced of its output, which the next one receives.
 
     Messages are bytes: those of another dtype or shape arrive as other numbers, beside memory that nobody wrote, and
     neither torch nor gloo says so.
@@ -121,7 +114,7 @@ def _announced(expected: torch.Tensor) -> Callable[[torch.nn.Module, Any, torch.
 
     def hold(_stage: torch.nn.Module, _inputs: Any, sent: torch.Tensor) -> None:
         assert (sent.shape, sent.dtype) == (expected.shape, expected.dtype), (
-            f"a stage sends {tuple(sent.shape)} of {sent.dtype}, and the next receives {tuple(expected.shape)}"
+            f"a stage sends {tuple(sent.shape)} of {sent.dtype}, and announced {tuple(expected.shape)}"
             f" of {expected.dtype}"
         )
 

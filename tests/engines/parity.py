@@ -152,11 +152,11 @@ def optimizer_steps(rank: int, trial: TrialRequest, engine: Engine) -> Trace:
     return trace
 
 
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has not annotated it
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no annotations
     """`elements` of the largest tensor that an operator returned, of those that `counts`."""
 
     def __init__(self, counts: Callable[[torch.Tensor], bool]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # the same
+        super().__init__()  # type: ignore[no-untyped-call]  # nor has its __init__
         self.counts = counts
         self.elements = 0
 

@@ -10,8 +10,10 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import SequenceParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from autotune.engines import pipeline
 from autotune.engines.engine import build_engine
 from autotune.engines.layout import LayoutEngine
+from autotune.engines.pipeline import PipelineEngine
 from autotune.modeling import tensor_parallel
 from autotune.spec.config import REDUCE_SCATTER
 from autotune.spec.model import ModelSpec
@@ -324,6 +326,23 @@ def test_a_wrong_layout_is_found(ranks: Ranks, reference: Trace, wrong: type[Lay
     trace = ranks.run(train, trial(text, 2), wrong)[0]
     with pytest.raises(AssertionError):
         assert_equal(trace, reference)
+
+
+class Misannounced(PipelineEngine):
+    """Stages send fp32, and the next receives bf16."""
+
+    def _lay_out(self, request: TrialRequest, device: torch.device) -> torch.nn.Module:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline._Shapes, "hidden", lambda shapes: hidden(shapes).to(torch.bfloat16))
+            return super()._lay_out(request, device)
+
+
+hidden = pipeline._Shapes.hidden
+
+
+def test_stages_are_held_to_what_they_announce(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match=r"a stage sends \(4, 16, 64\) of torch.float32, and announced"):
+        ranks.run(train, trial("pp2 1f1b", 2, micro_batch_size=4), Misannounced)
 
 
 # ---- memory
