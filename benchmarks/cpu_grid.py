@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from replay import SAMPLERS, Launches, Row, Search, replay, search_plan, show
+from replay import SAMPLERS, Launches, Search, replay, search_plan, show
+from scenarios import Row
 from threadpoolctl import threadpool_limits
 
 from autotune.predict.machine import MachineRates, measure
