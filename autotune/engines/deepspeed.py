@@ -50,7 +50,7 @@ class DeepSpeedEngine:
             raise RuntimeError(f"DeepSpeed runs on {chosen} in this process, not on {device.type}; set DS_ACCELERATOR")
         if device.type == "cpu":
             _adapt_to_cpu(document)
-        if config.offload == "optimizer_nvme":
+        if config.swaps:
             require_locked_memory(pinned_bytes(config, request.model))
         # DeepSpeed takes its device from here, whatever the tensors say.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
@@ -77,9 +77,9 @@ class DeepSpeedEngine:
             mpu=None if self._sequences is None else self._sequences.groups,
             dist_init_required=False,
         )[0]
-        self._offload = config.offload
+        self._config = config
         self._loss_alone = loss_alone(config)
-        if config.offload == "optimizer_nvme":
+        if config.swaps:
             require_aligned_gradients(self._engine.optimizer, Path(request.nvme_path or ""))
         # Plain fp32 is the one path on which DeepSpeed forgets the norm by which it clips.
         self._norm_is_ours = config.zero_stage == 0 and config.precision == "fp32"
@@ -140,14 +140,16 @@ class DeepSpeedEngine:
         averaged = [*_held(zero, "averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer")]
         gradients = [p.grad for p in (*masters, *model) if p.grad is not None]
         host: list[torch.Tensor] = []
-        if self._offload != "none":
+        if self._config.offload != "none":
             host += [*masters, *states, *(p.grad for p in masters if p.grad is not None)]
             # Pinned copies of what goes up and comes down (stages 1 and 2), and gathered gradients (stage 3).
             host += _held(zero, "param_buffer_of_bit16_for_cpu_offload_groups", "temp_grad_buffer_for_cpu_offload")
             host += _held(zero, "accumulated_grads_in_cpu", "grad_partitions_flat_buffer", "averaged_gradients")
             host += _held(getattr(getattr(zero, "optimizer_swapper", None), "swap_buffer_manager", None), "all_buffers")
-        if self._offload == "optimizer+parameters":
+        if "+parameters" in self._config.offload:
             host += partitions
+        if self._config.swaps_parameters:
+            host += _held(getattr(model[0], "nvme_swapper", None), "buffers", "partitioned_swap_buffer")
         offloaded = {id(tensor) for tensor in host}
         device = {
             "parameters": [*model, *masters, *partitions],

@@ -33,7 +33,7 @@ def require_locked_memory(needed_bytes: int) -> None:
     if limit == resource.RLIM_INFINITY or needed_bytes <= limit or _may_lock_all():
         return
     raise UsageError(
-        f"offload optimizer_nvme locks {format_bytes(needed_bytes)} of memory a rank, and the limit is"
+        f"offload to a disk locks {format_bytes(needed_bytes)} of memory a rank, and the limit is"
         f" {format_bytes(limit)}; raise it (ulimit -l unlimited, --ulimit memlock=-1), or set a smaller"
         " zero_optimization.sub_group_size"
     )
@@ -57,7 +57,7 @@ def require_aligned_gradients(optimizer: Any, folder: Path) -> None:
     if all(offset % _BLOCK_BYTES == 0 for offset in offsets) or reads_to_any_address(folder):
         return
     raise UsageError(
-        f"offload optimizer_nvme: the disk of nvme.path reads only to memory aligned to {_BLOCK_BYTES} bytes, and on so"
+        f"offload to a disk: the one of nvme.path reads only to memory aligned to {_BLOCK_BYTES} bytes, and on so"
         " many ranks gradients of this model lie between; DeepSpeed would train on wrong ones. Use a disk that is not"
         " virtual under Linux 6.0 or later, or another number of GPUs"
     )

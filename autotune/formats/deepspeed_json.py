@@ -13,6 +13,7 @@ from typing import Any
 from autotune.errors import UsageError
 from autotune.formats.foreign import Recording, asking, one_line
 from autotune.spec.config import ZERO_QUANTIZED, Scalar, TrialConfig
+from autotune.spec.nvme import AHEAD_KEYS
 from autotune.spec.workload import Workload
 
 QUIET_STEPS_PER_PRINT = 1_000_000_000
@@ -73,18 +74,18 @@ def to_deepspeed(config: TrialConfig, workload: Workload, nvme_path: str | None 
         ValueError: the global batch does not divide.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.offload == "optimizer_nvme":
-        if config.zero_stage != 3:
-            raise UsageError(f"offload optimizer_nvme needs zero_stage 3, not {config.zero_stage}")
-        if nvme_path is None:
-            raise UsageError("offload optimizer_nvme needs a folder on a fast disk; state nvme.path")
-        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": nvme_path, "pin_memory": True}
-    elif config.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if config.offload == "optimizer+parameters":
-        if config.zero_stage != 3:
-            raise UsageError(f"offload optimizer+parameters needs zero_stage 3, not {config.zero_stage}")
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if config.offload not in ("none", "optimizer") and config.zero_stage != 3:
+        raise UsageError(f"offload {config.offload} needs zero_stage 3, not {config.zero_stage}")
+    if config.swaps and nvme_path is None:
+        raise UsageError(f"offload {config.offload} needs a folder on a fast disk; state nvme.path")
+    memory = {"device": "cpu", "pin_memory": True}
+    disk = {"device": "nvme", "nvme_path": nvme_path, "pin_memory": True}
+    if config.offload != "none":
+        zero["offload_optimizer"] = dict(disk if config.swaps else memory)
+    if config.swaps_parameters:
+        zero |= {"offload_param": disk | {"max_in_cpu": 0}, **{key.partition(".")[2]: 0 for key in AHEAD_KEYS}}
+    elif config.offload.endswith("+parameters"):
+        zero["offload_param"] = memory
     zero |= {key: True for key in ZERO_QUANTIZED if getattr(config, key)}
     document: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,

@@ -109,7 +109,7 @@ def fake_trial(
         os.environ.setdefault("DS_ACCELERATOR", CPU.type)
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=request.config.ranks)
         stack.callback(_leave_group, request)
-        if request.config.offload == "optimizer_nvme":  # folders are made, nothing is written
+        if request.config.swaps:  # folders are made, nothing is written
             request = replace(request, nvme_path=stack.enter_context(TemporaryDirectory(prefix="autotune-trace-")))
         for owner, name, substitute in _substitutes(request):
             stack.enter_context(_replaced(owner, name, substitute))
@@ -205,20 +205,45 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         yield torch.distributed.nn.functional, "all_gather", torch.distributed.nn.functional.all_gather
         # It asks `numactl`, for each bucket that ZeRO-3 reduces.
         yield type(get_accelerator()), "device_count", lambda self: request.config.gpus
-        if request.config.offload == "optimizer_nvme":
-            from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper, pipelined_optimizer_swapper
+        if request.config.ranks == 1 and "+parameters" in request.config.offload:
+            from deepspeed.runtime.zero import partition_parameters
 
-            yield partitioned_optimizer_swapper, "AsyncIOBuilder", _DiskBuilder
-            yield pipelined_optimizer_swapper, "AsyncIOBuilder", _DiskBuilder
+            yield (
+                partition_parameters,
+                "_no_gather_coalesced",
+                _gathered_apart(partition_parameters._no_gather_coalesced),
+            )
+        if request.config.swaps:
+            from deepspeed.runtime.swap_tensor import (
+                partitioned_optimizer_swapper,
+                partitioned_param_swapper,
+                pipelined_optimizer_swapper,
+            )
+
+            for swapper in (partitioned_optimizer_swapper, pipelined_optimizer_swapper, partitioned_param_swapper):
+                yield swapper, "AsyncIOBuilder", _DiskBuilder
             # Of this machine's limits and disk.
             yield engine, "require_locked_memory", lambda *args: None
             yield engine, "require_aligned_gradients", lambda *args: None
 
 
+def _gathered_apart(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """What a single rank does in the place of gathering: on a GPU it copies up what is in main memory."""
+
+    def called(parameters: Iterable[torch.nn.Parameter]) -> Any:
+        parameters = list(parameters)
+        handle = gather(parameters)
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+        return handle
+
+    return called
+
+
 class _DiskBuilder:
     """Stands for DeepSpeed's op `async_io`, with a disk that takes everything and says it is done."""
 
-    def load(self) -> "_DiskBuilder":
+    def load(self, verbose: bool = True) -> "_DiskBuilder":
         return self
 
     def aio_handle(self, **settings: Any) -> "_Disk":

@@ -93,7 +93,7 @@ def predict_memory(config: TrialConfig, model: ModelSpec, workload: Workload, cl
             deviation=deviation(cluster, compiled=config.torch_compile),
         )
     host = parts.pop(Part.HOST, 0)
-    if config.offload == "optimizer_nvme":  # traces are of one sub-group, however deep the model is
+    if config.swaps:  # traces are of one sub-group, however deep the model is
         host = swapping_bytes(config, model)
     host *= min(config.gpus, cluster.gpus_per_node)
     allocated = sum(parts.values())

@@ -32,7 +32,8 @@ and for the step:
                         with ZeRO++'s hpZ, but for a step's first pass, over the ranks of the second copy
     optimizer           bytes of norm, clipping, AdamW and copy
     offload             gradients and parameters over PCIe, and the processor's Adam; to a disk, also what an update
-                        reads and writes of it, one after the other (`autotune.spec.nvme`)
+                        reads and writes of it, and what each pass reads of parameters, one after the other
+                        (`autotune.spec.nvme`)
 
 of which accumulation, reduction and optimizer are of what trains, the gathering of sharded parameters of all.
 
@@ -344,10 +345,15 @@ class _Sharded:
         share, held = self._trained / shards, self._parameters / shards
         on_node = np.minimum(trials.gpus, self._node)
         adam = HOST_ADAM_SECONDS * share * on_node
+        on_disk = trials.offload == "optimizer_nvme+parameters_nvme"
+        # From a disk nothing is kept from recomputation for the backward pass after it, nor read ahead.
+        passes = trials.accumulation * (2 + trials.recomputed * on_disk)
         if self._disk is not None:
-            adam = adam + np.where(trials.offload == "optimizer_nvme", MOVED_BYTES * share * on_node / self._disk, 0.0)
+            moved = MOVED_BYTES * share * np.char.startswith(trials.offload, "optimizer_nvme")
+            moved = moved + self._value * (share + passes * held) * on_disk
+            adam = adam + moved * on_node / self._disk
         down = np.where(trials.zero_stage >= 2, trials.accumulation, 1) * self._value * share / link
-        passes = np.where(trials.offload == "optimizer+parameters", 2 * trials.accumulation, 0)
+        passes = passes * (np.char.find(trials.offload, "+parameters") > 0)
         # FSDP2 copies fp32 shards up for each gathering, casts them there, and reduces only the last gradients.
         if not self._deepspeed:
             gathered = np.where(trials.zero_stage == 3, 2, 1) * trials.accumulation

@@ -37,6 +37,8 @@ def _released_depth(model: ModelSpec, config: TrialConfig) -> int:
     """
     layer = (model.num_parameters - _outside(model)) / model.num_hidden_layers / config.tensor_parallel_size
     keys = dict(config.deepspeed)
+    if config.swaps_parameters:  # `autotune.spec.nvme.AHEAD_KEYS`
+        return TRACED_LAYERS
     limit = max(float(keys.get(key, MOST_GATHERED)) for key in GATHERED_LIMITS)
     if TRACED_LAYERS * layer > limit:
         return TRACED_LAYERS

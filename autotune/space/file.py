@@ -106,7 +106,7 @@ class ClusterFile(_Strict):
 
 
 class NvmeFile(_Strict):
-    """The fast disk of each node, for `offload: optimizer_nvme`."""
+    """The fast disk of each node, for what `offload` names `_nvme`."""
 
     path: Annotated[Name, AfterValidator(_absolute)]
     free_bytes: Annotated[int, BeforeValidator(parse_bytes)] | None = None

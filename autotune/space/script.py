@@ -76,9 +76,9 @@ def script_rules(section: ScriptSection) -> tuple[Rule, ...]:
 
 @reads("offload")
 def _no_folder(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: ClusterSpec) -> str | None:
-    if config.offload != "optimizer_nvme":
+    if not config.swaps:
         return None
-    return "offload optimizer_nvme is not run with a script, which may use a disk as it likes; use our engines"
+    return f"offload {config.offload} is not run with a script, which may use a disk as it likes; use our engines"
 
 
 @reads("device_map")

@@ -36,10 +36,9 @@ def _tried(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluster: Cl
             return f"tiled_mlp has not been tried with {field} true; use false"
     if config.method == "qlora":
         return "tiled_mlp would make weights from 4 bits for each piece, and has not been tried with method qlora"
-    for field, value in (("device_map", "auto"), ("offload", "optimizer_nvme")):
-        if getattr(config, field) == value:
-            return f"tiled_mlp has not been tried with {field} {value}"
-    return None
+    if config.device_map == "auto":
+        return "tiled_mlp has not been tried with device_map auto"
+    return f"tiled_mlp has not been tried with offload {config.offload}" if config.swaps else None
 
 
 @reads("tiled_mlp", "engine", "batching")

@@ -8,7 +8,14 @@ from typing import Any, Literal, Self, get_args
 
 Engine = Literal["deepspeed", "pytorch"]
 Precision = Literal["bf16", "fp16", "fp32"]
-Offload = Literal["none", "optimizer", "optimizer+parameters", "optimizer_nvme"]
+Offload = Literal[
+    "none",
+    "optimizer",
+    "optimizer+parameters",
+    "optimizer_nvme",
+    "optimizer_nvme+parameters",
+    "optimizer_nvme+parameters_nvme",
+]
 ActivationCheckpointing = Literal["none", "full", "selective", "selective_ops"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
@@ -241,6 +248,16 @@ class TrialConfig:
         """
         groups = {group: tuple(dict(fields.get(group) or {}).items()) for group in ("deepspeed", "script")}
         return cls(**{**fields, **groups})
+
+    @property
+    def swaps(self) -> bool:
+        """Whether optimizer states, at least, are offloaded to a disk."""
+        return self.offload.startswith("optimizer_nvme")
+
+    @property
+    def swaps_parameters(self) -> bool:
+        """Whether parameters are, too."""
+        return self.offload == "optimizer_nvme+parameters_nvme"
 
     @property
     def fingerprint(self) -> str:

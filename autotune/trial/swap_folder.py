@@ -63,7 +63,7 @@ def lend(request: TrialRequest, gang: str, ranks: int) -> tuple[TrialRequest, Sw
     Raises:
         UsageError: see `SwapFolder`.
     """
-    if request.config.offload != "optimizer_nvme" or request.nvme_path is None:
+    if not request.config.swaps or request.nvme_path is None:
         return request, None
     folder = SwapFolder(Path(request.nvme_path), gang, stored_bytes(request.config, request.model, ranks))
     return replace(request, nvme_path=str(folder.path)), folder

@@ -165,7 +165,7 @@ class _Gang:
         self._fit.join(FIT_SECONDS)
         nodes = {rank.node_id for rank in joined}
         if wait_for(lambda: not any(_on_node(node, kill_strays, self._name) for node in nodes), GONE_SECONDS):
-            if self._request.config.offload == "optimizer_nvme" and self._request.nvme_path is not None:
+            if self._request.config.swaps and self._request.nvme_path is not None:
                 for node in nodes:
                     _on_node(node, sweep, Path(self._request.nvme_path))
             return None

@@ -21,8 +21,17 @@ from autotune.engines.engine import build_engine
 from autotune.engines.swapping import reads_to_any_address, require_aligned_gradients, require_locked_memory
 from autotune.errors import UsageError
 from autotune.formats.deepspeed_json import async_io_error
+from autotune.spec.config import Offload
 from autotune.spec.model import ModelSpec
-from autotune.spec.nvme import STORED_BYTES
+from autotune.spec.nvme import (
+    AHEAD_KEYS,
+    FEWEST_PARAMETER_BUFFERS,
+    PARAMETER_BUFFER_KEY,
+    PARAMETER_BUFFERS_KEY,
+    STORED_BYTES,
+    largest_partition,
+    stored_bytes,
+)
 from autotune.spec.request import TrialRequest
 from tests.engines.parity import SMALL_BUCKETS, Ranks, assert_equal, plain_training, request, tiny, train
 
@@ -36,12 +45,30 @@ def model(head_dim: int) -> ModelSpec:
 
 
 def swapping_trial(folder: Path, head_dim: int, **fields: Any) -> TrialRequest:
-    trial = request("deepspeed", 3, model=model(head_dim), offload="optimizer_nvme", **fields)
+    trial = request("deepspeed", 3, **{"model": model(head_dim), "offload": "optimizer_nvme", **fields})
     return replace(trial, nvme_path=str(folder))
 
 
-def written(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.swp"))
+def all_swapped(tied: bool) -> ModelSpec:
+    """A model with an embedding that is swapped too, as all matrices are."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 256}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    return ModelSpec(name="all-swapped-qwen3", config=tiny(tied).config | sizes | heads)
+
+
+def all_on_disk(folder: Path, keys: dict[str, int], tied: bool = False, **fields: Any) -> TrialRequest:
+    spec = all_swapped(tied)
+    small = {key: value for key, value in SMALL_BUCKETS if key not in AHEAD_KEYS}
+    given = small | {PARAMETER_BUFFER_KEY: largest_partition(spec, 2)} | keys
+    return swapping_trial(folder, 0, model=spec, offload="optimizer_nvme+parameters_nvme", deepspeed=given, **fields)
+
+
+def at(trial: TrialRequest, offload: Offload) -> TrialRequest:
+    return replace(trial, config=replace(trial.config, offload=offload))
+
+
+def written(folder: Path, pattern: str = "*.swp") -> int:
+    return sum(file.stat().st_size for file in folder.rglob(pattern))
 
 
 @pytest.fixture
@@ -79,6 +106,39 @@ class TestTraining:
         trial = swapping_trial(folder, 256, precision="bf16")
         for trace in ranks.run(train, trial, build_engine, seconds=BUILD_SECONDS):
             assert_equal(trace, plain_training(trial.model), loss_rtol=1e-3, norm_rtol=2e-2)
+
+    @pytest.mark.parametrize(
+        ("fields", "keys"),
+        [
+            ({}, {}),
+            ({"micro_batch_size": 1, "activation_checkpointing": "full"}, {}),
+            ({"activation_checkpointing": "selective", "selective_every": 2}, {}),
+            ({}, {"zero_optimization.sub_group_size": 4_000_000}),
+            ({"tied": True}, {PARAMETER_BUFFERS_KEY: FEWEST_PARAMETER_BUFFERS}),
+        ],
+        ids=["plain", "checkpointing", "selective", "sub-groups", "fewest-buffers"],
+    )
+    def test_parameters_too_equal_a_plain_loop(
+        self, ranks: Ranks, folder: Path, fields: dict[str, Any], keys: dict[str, int]
+    ) -> None:
+        trial = all_on_disk(folder, keys, **fields)
+        for trace in ranks.run(train, trial, build_engine, seconds=BUILD_SECONDS):
+            assert_equal(trace, plain_training(trial.model))
+        assert written(folder, "*_param.tensor.swp") > 0.99 * 4 * trial.model.num_parameters
+        assert 0.99 < written(folder) / stored_bytes(trial.config, trial.model, 2) <= 1
+
+    def test_parameters_in_main_memory_equal_a_plain_loop(self, ranks: Ranks, folder: Path) -> None:
+        trial = swapping_trial(folder, 256, offload="optimizer_nvme+parameters")
+        for trace in ranks.run(train, trial, build_engine, seconds=BUILD_SECONDS):
+            assert_equal(trace, plain_training(trial.model))
+
+    def test_in_bf16_it_is_the_same_wherever_parameters_are(self, ranks: Ranks, folder: Path) -> None:
+        on_disk = all_on_disk(folder, {}, precision="bf16")
+        for trial in (on_disk, at(on_disk, "optimizer_nvme+parameters"), at(on_disk, "optimizer_nvme")):
+            found, _ = ranks.run(train, trial, build_engine, seconds=BUILD_SECONDS)
+            if trial is on_disk:
+                wanted = found
+            assert_equal(found, wanted)
 
     def test_gradients_between_blocks_are_right_or_refused(self, ranks: Ranks, folder: Path) -> None:
         """Where the disk refuses the address, DeepSpeed goes on with a norm that is 5 % off in the second step."""

@@ -114,6 +114,26 @@ def test_states_on_a_disk_name_the_folder_that_was_given() -> None:
         to_deepspeed(replace(states, zero_stage=2), Workload(global_batch_size=64), "/local_nvme")
 
 
+def test_parameters_follow_states_to_main_memory_or_to_the_disk() -> None:
+    work, keys = Workload(global_batch_size=64), {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    disk = {"device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True}
+    for place, parameters, more in (
+        ("parameters", {"device": "cpu", "pin_memory": True}, {}),
+        ("parameters_nvme", disk | {"max_in_cpu": 0}, keys),
+    ):
+        placed = config(zero_stage=3, offload=f"optimizer_nvme+{place}")
+        document = to_deepspeed(placed, work, "/local_nvme")
+        check_deepspeed(document)
+        assert document["zero_optimization"] == {
+            "stage": 3,
+            "offload_optimizer": disk,
+            "offload_param": parameters,
+            **more,
+        }
+        with pytest.raises(UsageError, match=rf"offload optimizer_nvme\+{place} needs zero_stage 3, not 2"):
+            to_deepspeed(replace(placed, zero_stage=2), work, "/local_nvme")
+
+
 def test_tensor_parallel_ranks_are_auto_tp() -> None:
     document = to_deepspeed(config(tensor_parallel_size=2, zero_stage=2), Workload(global_batch_size=64))
     assert document["tensor_parallel"] == {"autotp_size": 2}

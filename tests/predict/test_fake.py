@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from autotune.predict.fake import fake_trial
 from autotune.predict.fake_mode import FakeData
 from autotune.spec.config import ActivationCheckpointing, Engine, Offload, Precision, Scalar, TrialConfig
 from autotune.spec.model import ModelSpec, load_model
+from autotune.spec.nvme import AHEAD_KEYS, largest_partition
 from autotune.spec.request import TrialRequest
 from autotune.spec.workload import MeasureSettings, Workload
 from autotune.trial.measure import measure_plan, warmup_plan
@@ -45,6 +47,13 @@ TINY = ModelSpec(
 WIDE = ModelSpec(  # whose partitions are large enough to be swapped to a disk, and whose gradients lie on blocks of it
     name="wide", config=TINY.config | {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 256}
 )
+WIDER = replace(WIDE, config=WIDE.config | {"hidden_size": 1024})  # and whose parameters in bf16 are, too
+ALL_ON_DISK: dict[str, Any] = {
+    "offload": "optimizer_nvme+parameters_nvme",
+    "model": WIDER,
+    "offload_param.buffer_size": largest_partition(WIDER, 2),
+    **{key.partition(".")[2]: 0 for key in AHEAD_KEYS},  # after the buckets, which are small
+}
 TIED = ModelSpec(name="tied", config=TINY.config | {"tie_word_embeddings": True})
 SMALL_BUCKETS = tuple(
     (f"zero_optimization.{key}", 20_000)
@@ -179,6 +188,10 @@ def test_a_disk_that_only_pretends_needs_the_memory_of_a_real_one(tmp_path: Path
             a_request("deepspeed", 3, "bf16", offload="optimizer_nvme", model=WIDE),
             a_request("deepspeed", 3, "fp32", "full", accumulation=1, offload="optimizer_nvme", model=WIDE),
             a_request("deepspeed", 3, "bf16", offload="optimizer_nvme", model=WIDE, sub_group_size=300_000),
+            a_request("deepspeed", 3, "bf16", offload="optimizer_nvme+parameters", model=WIDE),
+            a_request("deepspeed", 3, "bf16", **ALL_ON_DISK),
+            a_request("deepspeed", 3, "fp32", "full", accumulation=1, **ALL_ON_DISK),
+            a_request("deepspeed", 3, "bf16", sub_group_size=300_000, **ALL_ON_DISK),
         ):
             real = replace(request, nvme_path=str(disk), timeout_seconds=1200)
             assert [traced_peak(request, rank) for rank in range(2)] == measured_peaks(swapping, real)

@@ -225,6 +225,19 @@ class TestTrials:
         for speed, found in seconds.items():
             assert found.step_time_seconds - memory == pytest.approx(of_the_node / speed)
 
+    def test_parameters_on_a_disk_are_read_for_each_pass(self) -> None:
+        disk = replace(NODE, nvme=NvmeSpec(path="/nvme", bandwidth_bytes_per_second=1e9))
+        plain = replace(TRIAL, engine="deepspeed", zero_stage=3, offload="optimizer_nvme+parameters")
+        on_disk = replace(plain, offload="optimizer_nvme+parameters_nvme")
+        found = trial(on_disk, disk).step_time_seconds - trial(plain, disk).step_time_seconds
+        once = 2 * SHAPE.num_parameters * min(plain.gpus, NODE.gpus_per_node) / plain.gpus / 1e9
+        steps = WORK.gradient_accumulation_steps(plain)
+        assert found == pytest.approx(once * (1 + 2 * steps))
+        again = replace(on_disk, activation_checkpointing="full")
+        in_memory = replace(plain, activation_checkpointing="full")
+        found = trial(again, disk).step_time_seconds - trial(in_memory, disk).step_time_seconds
+        assert found > once * (1 + 3 * steps)  # and over PCIe once more
+
     def test_selective_checkpointing_recomputes_its_layers(self) -> None:
         full = trial(replace(TRIAL, activation_checkpointing="full")).breakdown
         third = trial(replace(TRIAL, activation_checkpointing="selective", selective_every=3)).breakdown

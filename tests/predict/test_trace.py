@@ -11,6 +11,7 @@ from autotune.predict.structure import MAX_WHOLE_LAYERS
 from autotune.predict.trace import record_trace, trace_stream
 from autotune.spec.config import ActivationCheckpointing, Engine, Offload, TrialConfig
 from autotune.spec.model import ModelSpec
+from autotune.spec.nvme import AHEAD_KEYS
 from autotune.spec.prediction import Part
 
 DEPTH = 13
@@ -31,6 +32,7 @@ DEEP = ModelSpec(
 )
 BATCH, LENGTH = 6, 1024
 """Neither is traced."""
+NOTHING_AHEAD: dict[str, Any] = {key.partition(".")[2]: 0 for key in AHEAD_KEYS}
 
 
 def a_config(
@@ -94,6 +96,10 @@ def peaks(config: TrialConfig, *, accumulates: bool) -> tuple[float, float]:
             (True, a_config("deepspeed", 3, "none", bucket=100_000), True),
             (True, a_config("deepspeed", 3, "full", "optimizer"), True),
             (True, a_config("deepspeed", 3, "none", "optimizer+parameters"), True),
+            (True, a_config("deepspeed", 3, "full", "optimizer+parameters", gpus=1), True),
+            (True, a_config("deepspeed", 3, "full", "optimizer_nvme+parameters"), True),
+            (True, a_config("deepspeed", 3, "full", "optimizer_nvme+parameters_nvme", **NOTHING_AHEAD), True),
+            (True, a_config("deepspeed", 3, "none", "optimizer_nvme+parameters_nvme", gpus=1, **NOTHING_AHEAD), False),
             (True, a_config("deepspeed", 3, sub_group_size=100_000), False),
             (False, a_config("deepspeed", 3, gathered=3_000_000), False),
             (True, a_config("deepspeed", 3, "selective", gathered=3_000_000), True),
@@ -138,6 +144,20 @@ def test_offloaded_states_are_the_hosts() -> None:
     # fp32 masters, two moments, bf16 gradients; in the update fp32 gradients besides
     assert 14 * share * 0.98 < parts["optimizer"][Part.HOST] < 20 * share * 1.05
     assert parts["optimizer+parameters"][Part.HOST] - parts["optimizer"][Part.HOST] == pytest.approx(2 * share, rel=0.1)
+
+
+def test_a_single_rank_copies_up_what_it_needs_of_offloaded_parameters() -> None:
+    """On CPUs it has nothing to copy."""
+    whole, one, eight = 2 * DEEP.num_parameters, np.array([1]), np.array([8])
+    states, parameters = (
+        trace_stream(DEEP, a_config("deepspeed", 3, "full", offload, gpus=1), accumulates=False)
+        for offload in ("optimizer", "optimizer+parameters")
+    )
+    assert states.breakdown(1, 8, "cuda")[Part.PARAMETERS] == pytest.approx(whole, rel=0.02)
+    on_host = [stream.breakdown(1, 8, "cuda")[Part.HOST] for stream in (states, parameters)]
+    assert on_host[1] - on_host[0] == pytest.approx(whole, rel=0.1)
+    peaks = [stream.peak_bytes(one, eight, "cuda")[0] for stream in (states, parameters)]
+    assert 0.2 * whole < peaks[0] - peaks[1] < 0.9 * whole
 
 
 def test_a_second_partition_is_two_bytes_a_parameter_over_its_ranks() -> None:

@@ -10,8 +10,10 @@ from autotune.space import nvme
 from autotune.space.nvme import NVME_RULES
 from autotune.spec.cluster import ClusterSpec, NvmeSpec, find_gpu
 from autotune.spec.config import TrialConfig
-from autotune.spec.model import load_model
+from autotune.spec.model import ModelSpec, load_model
+from autotune.spec.nvme import largest_partition, stored_bytes, swapping_bytes
 from autotune.spec.workload import Workload
+from autotune.units import GIB
 from tests.samples import SPACE, sample_space
 
 H100 = find_gpu("H100-80GB")
@@ -119,6 +121,72 @@ def test_each_sub_group_in_flight_has_buffers(count: int, read: bool, write: boo
     reason = refusal(states(deepspeed=given), on_nodes())
     assert (reason is None) == fits
     assert fits or f"buffer_count is {count}, and it needs {4 + 4 * read + 4 * write}" in str(reason)
+
+
+PARAMETERS = {"offload": "optimizer_nvme+parameters_nvme"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "keys", "reason"),
+    [
+        ({}, {}, None),  # 151,936 x 5,120 elements of the embedding over 8 ranks are less than DeepSpeed's 10^8
+        ({"gpus": 4}, {}, "on 4 GPUs needs 194478080 or more as DeepSpeed's"),
+        ({"gpus": 4}, {"offload_param.buffer_size": 194_478_080}, None),
+        (
+            {},
+            {"offload_param.buffer_size": 50_000_000},
+            "buffer_size, and it is 50000000; set it under search.deepspeed",
+        ),
+        ({}, {"offload_param.buffer_count": 4}, None),
+        ({}, {"offload_param.buffer_count": 3}, "needs 4 or more as DeepSpeed's"),
+        ({}, {"stage3_prefetch_bucket_size": 50_000_000}, "runs out of buffers where DeepSpeed reads ahead"),
+        ({}, {"stage3_max_reuse_distance": 1}, "leave zero_optimization.stage3_max_reuse_distance out"),
+        ({}, {"stage3_max_reuse_distance": 0}, None),
+        ({"activation_checkpointing": "selective_ops"}, {}, "where selective_ops fails"),
+        ({"zero_stage": 2}, {}, "offload optimizer_nvme+parameters_nvme needs zero_stage 3"),
+    ],
+)
+def test_parameters_on_a_disk_need_buffers_and_nothing_ahead(
+    fields: dict[str, Any], keys: dict[str, Any], reason: str | None
+) -> None:
+    given = {f"zero_optimization.{key}": value for key, value in keys.items()}
+    found = refusal(states(**PARAMETERS | fields, deepspeed=given), on_nodes())
+    assert reason in found if reason and found else found is reason
+    elsewhere = states(**fields | {"offload": "optimizer_nvme+parameters"}, deepspeed=given)
+    assert refusal(elsewhere, on_nodes()) is None or "zero_stage" in fields
+
+
+def test_parameters_on_a_disk_have_not_been_tried_with_experts() -> None:
+    dense = load_model("Qwen/Qwen3-0.6B", Path.cwd())
+    experts = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    model = ModelSpec(name="experts", config=dense.config | experts)
+    reasons = [rule(states(**PARAMETERS), Workload(global_batch_size=64), model, on_nodes()) for rule in NVME_RULES]
+    assert [reason for reason in reasons if reason] == [
+        "offload optimizer_nvme+parameters_nvme has not been tried with qwen3_moe models; use optimizer_nvme+parameters"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("offload", "gpus", "sub_group", "on_disk", "in_memory"),
+    [
+        ("optimizer_nvme", 8, 10**9, 488, 180),
+        ("optimizer_nvme", 8, 10**8, 488, 73),
+        ("optimizer_nvme+parameters", 8, 10**8, 488, 134),
+        ("optimizer_nvme+parameters_nvme", 8, 10**8, 549, 92),
+        ("optimizer_nvme+parameters_nvme", 8, 10**9, 549, 307),
+        ("optimizer_nvme", 1, 10**9, 488, 76),
+        ("optimizer_nvme+parameters", 1, 10**9, 488, 137),
+        ("optimizer_nvme+parameters_nvme", 1, 10**9, 549, 85),
+    ],
+)
+def test_qwen3_32b_on_a_node(offload: str, gpus: int, sub_group: int, on_disk: int, in_memory: int) -> None:
+    """In GiB."""
+    model = load_model("Qwen/Qwen3-32B", Path.cwd())
+    keys = {"sub_group_size": sub_group, "offload_param.buffer_size": largest_partition(model, gpus)}
+    given = {f"zero_optimization.{key}": value for key, value in keys.items()}
+    config = states(offload=offload, gpus=gpus, deepspeed=given)
+    assert round(stored_bytes(config, model, 8) / GIB) == on_disk
+    assert round(gpus * swapping_bytes(config, model) / GIB) == in_memory
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.spec.config import ENGINES, PRECISIONS, TrialConfig
+from autotune.spec.config import ENGINES, PRECISIONS, Offload, TrialConfig
 
 scalars = st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 configs = st.builds(
@@ -17,7 +18,7 @@ configs = st.builds(
     sequence_length=st.integers(1, 2**20),
     precision=st.sampled_from(PRECISIONS),
     zero_stage=st.integers(0, 3),
-    offload=st.sampled_from(("none", "optimizer", "optimizer+parameters", "optimizer_nvme")),
+    offload=st.sampled_from(get_args(Offload)),
     activation_checkpointing=st.sampled_from(("none", "full", "selective")),
     selective_every=st.none() | st.integers(1, 64),
     attention=st.sampled_from(("sdpa", "eager", "flash_attention_2", "flex_attention")),
