@@ -249,7 +249,10 @@ def test_states_on_a_disk_are_exported_with_the_folder_of_the_space(
         assert json.loads(files[name].read_text())["zero_optimization"]["offload_optimizer"] == written
     arguments = yaml.safe_load(files["training_args.yaml"].read_text())
     assert arguments["deepspeed"]["zero_optimization"]["offload_optimizer"] == written
-    assert "below `/local_nvme`, up to 16.0 MiB on each node" in files["README.md"].read_text()
+    assert (
+        "Optimizer states live in files below `/local_nvme`, up to 16.0 MiB on each node"
+        in files["README.md"].read_text()
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

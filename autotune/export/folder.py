@@ -146,6 +146,7 @@ def _documents(study: Study, best: Best) -> dict[str, str]:
         modes=modes,
         own_script=own,
         nvme_path=space.cluster.nvme_path if best.config.swaps else None,
+        parameters_swapped=best.config.swaps_parameters,
         swapped_bytes=stored_bytes(best.config, space.model, space.cluster.gpus_per_node),
         baseline=study.baseline_outcome if isinstance(study.baseline_outcome, Measurement) else None,
         verdict=study.verdict if best == study.best() else None,
