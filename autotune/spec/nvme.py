@@ -38,7 +38,7 @@ PARAMETER_BUFFERS_KEY = "zero_optimization.offload_param.buffer_count"
 PARAMETER_BUFFER_KEY = "zero_optimization.offload_param.buffer_size"
 AHEAD_KEYS = ("zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_max_reuse_distance")
 """What DeepSpeed reads ahead, or keeps for later, while parameters are on a disk: nothing. Else a module can find all
-buffers taken by others, and the trial fails; whether it does hangs on model, limits and number of buffers, and a pool
+buffers taken by others, and the trial fails; whether it does depends on model, limits and number of buffers, and a pool
 of 24 failed where 12 were enough."""
 
 
@@ -69,11 +69,9 @@ def pinned_bytes(config: TrialConfig, model: ModelSpec) -> int:
     states = int(4 * largest * float(keys.get(BUFFERS_KEY, BUFFERS)))
     if not config.swaps_parameters:
         return states
-    count, size = (
-        keys.get(PARAMETER_BUFFERS_KEY, PARAMETER_BUFFERS),
-        keys.get(PARAMETER_BUFFER_KEY, PARAMETER_BUFFER_SIZE),
-    )
-    return states + int(parameter_bytes(config) * (float(count) * float(size) + largest * config.gpus))
+    count = float(keys.get(PARAMETER_BUFFERS_KEY, PARAMETER_BUFFERS))
+    size = float(keys.get(PARAMETER_BUFFER_KEY, PARAMETER_BUFFER_SIZE))
+    return states + int(parameter_bytes(config) * (count * size + largest * config.gpus))
 
 
 def parameter_bytes(config: TrialConfig) -> int:
