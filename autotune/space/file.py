@@ -403,7 +403,9 @@ def _sentence(error: ValidationError) -> str:
     complaints = error.errors(include_url=False)
     top = complaints[0]["loc"][:1]
     first = max((item for item in complaints if item["loc"][:1] == top), key=lambda item: len(item["loc"]))
-    names = [part for part in first["loc"] if isinstance(part, int) or not _is_union_label(str(part))]
+    own = first["loc"][-1:] if first["type"] == "extra_forbidden" else ()  # as the user wrote it
+    path = first["loc"][: len(first["loc"]) - len(own)]
+    names = [part for part in path if isinstance(part, int) or not _is_union_label(str(part))] + [*own]
     key = ".".join(_name(part) for part in names) or "document"
     more = error.error_count() - 1
     others = f" ({more} more problem{'s' if more > 1 else ''} in this file)" if more else ""

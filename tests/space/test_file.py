@@ -32,6 +32,8 @@ def test_yaml_floats_without_a_dot_are_numbers() -> None:
     ("changes", "words"),
     [
         ({"serach": {}}, ["serach", "is not a key", "search"]),
+        ({"b[a]": 1}, ["b[a]: is not a key", "allowed here: "]),
+        ({"cluster": {"gpus_per_node": 2, "gpu": "cpu", "str": 1}}, ["cluster.str: is not a key", "allowed here: "]),
         (
             {"search": {"micro_batch": [1]}},
             ["search.micro_batch", "is not a key", "allowed here: micro_batch_size, ", " more"],
