@@ -146,7 +146,7 @@ class DeepSpeedEngine:
             host += _held(zero, "param_buffer_of_bit16_for_cpu_offload_groups", "temp_grad_buffer_for_cpu_offload")
             host += _held(zero, "accumulated_grads_in_cpu", "grad_partitions_flat_buffer", "averaged_gradients")
             host += _held(getattr(getattr(zero, "optimizer_swapper", None), "swap_buffer_manager", None), "all_buffers")
-        if "+parameters" in self._config.offload:
+        if self._config.offloads_parameters:
             host += partitions
         if self._config.swaps_parameters:
             host += _held(getattr(model[0], "nvme_swapper", None), "buffers", "partitioned_swap_buffer")

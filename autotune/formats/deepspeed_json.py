@@ -84,7 +84,7 @@ def to_deepspeed(config: TrialConfig, workload: Workload, nvme_path: str | None 
         zero["offload_optimizer"] = dict(disk if config.swaps else memory)
     if config.swaps_parameters:
         zero |= {"offload_param": disk | {"max_in_cpu": 0}, **{key.partition(".")[2]: 0 for key in AHEAD_KEYS}}
-    elif config.offload.endswith("+parameters"):
+    elif config.offloads_parameters:
         zero["offload_param"] = memory
     zero |= {key: True for key in ZERO_QUANTIZED if getattr(config, key)}
     document: dict[str, Any] = {

@@ -205,7 +205,7 @@ def _substitutes(request: TrialRequest) -> Iterator[tuple[Any, str, Any]]:
         yield torch.distributed.nn.functional, "all_gather", torch.distributed.nn.functional.all_gather
         # It asks `numactl`, for each bucket that ZeRO-3 reduces.
         yield type(get_accelerator()), "device_count", lambda self: request.config.gpus
-        if request.config.ranks == 1 and "+parameters" in request.config.offload:
+        if request.config.ranks == 1 and request.config.offloads_parameters:
             from deepspeed.runtime.zero import partition_parameters
 
             yield (

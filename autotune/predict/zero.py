@@ -8,13 +8,10 @@ from dataclasses import replace
 
 from autotune.predict.segments import TRACED_LAYERS
 from autotune.spec.adapters import adapted_matrices, trainable_parameters
-from autotune.spec.config import GATHERED_LIMITS, MOST_GATHERED, TrialConfig
+from autotune.spec.config import GATHERED_LIMITS, MOST_GATHERED, SUB_GROUP_KEY, SUB_GROUP_SIZE, TrialConfig
 from autotune.spec.model import ModelSpec
 
-SUB_GROUP_SIZE = 10**9
-"""Elements; DeepSpeed 0.19's own, runtime/zero/config.py."""
 UNCUT = 10**15
-_SUB_GROUP_SIZE = "zero_optimization.sub_group_size"
 
 
 def first_depth(model: ModelSpec, config: TrialConfig) -> int:
@@ -112,6 +109,6 @@ def all_at_once(model: ModelSpec, config: TrialConfig) -> tuple[TrialConfig, flo
     if config.engine != "deepspeed" or config.zero_stage != 3:
         return config, 1.0
     keys = dict(config.deepspeed)
-    size = float(keys.get(_SUB_GROUP_SIZE, SUB_GROUP_SIZE))
-    uncut = replace(config, deepspeed=tuple((keys | {_SUB_GROUP_SIZE: UNCUT}).items()))
+    size = float(keys.get(SUB_GROUP_KEY, SUB_GROUP_SIZE))
+    uncut = replace(config, deepspeed=tuple((keys | {SUB_GROUP_KEY: UNCUT}).items()))
     return uncut, min(1.0, size * config.shards / _trained(model, config))

@@ -6,17 +6,12 @@ from autotune.space.compilation import missing_compiler
 from autotune.space.rule import Rule, reads
 from autotune.spec.adapters import trainable_parameters
 from autotune.spec.cluster import ClusterSpec
-from autotune.spec.config import Optimizer, TrialConfig
+from autotune.spec.config import SUB_GROUP_KEY, SUB_GROUP_SIZE, Optimizer, TrialConfig
 from autotune.spec.model import ModelSpec
 from autotune.spec.workload import Workload
 
 MOST_VALUES = 2**31 - 1
 """Of a tensor that bitsandbytes updates: it hands their number on in 32 bits (backends/cuda/ops.py)."""
-
-_SUB_GROUP = "zero_optimization.sub_group_size"
-_SUB_GROUP_SIZE = 10**9
-"""DeepSpeed's own, runtime/zero/config.py."""
-
 
 _NEEDED: dict[Optimizer, tuple[str, str]] = {
     "adamw_8bit": ("bitsandbytes", "adamw-8bit"),
@@ -83,17 +78,24 @@ def _on_the_gpu(config: TrialConfig, _work: Workload, _model: ModelSpec, _cluste
 
 
 @reads(
-    "optimizer", "engine", "zero_stage", "gpus", "method", "lora_rank", "lora_target_modules", f"deepspeed.{_SUB_GROUP}"
+    "optimizer",
+    "engine",
+    "zero_stage",
+    "gpus",
+    "method",
+    "lora_rank",
+    "lora_target_modules",
+    f"deepspeed.{SUB_GROUP_KEY}",
 )
 def _counts_in_32_bits(config: TrialConfig, _work: Workload, model: ModelSpec, _cluster: ClusterSpec) -> str | None:
     if config.optimizer != "adamw_8bit" or config.engine != "deepspeed" or config.zero_stage == 0:
         return None
     values = trainable_parameters(model, config) / config.gpus
     if config.zero_stage == 3:
-        values = min(values, float(dict(config.deepspeed).get(_SUB_GROUP, _SUB_GROUP_SIZE)))
+        values = min(values, float(dict(config.deepspeed).get(SUB_GROUP_KEY, SUB_GROUP_SIZE)))
     if values <= MOST_VALUES:
         return None
-    remedy = f"a smaller {_SUB_GROUP}" if config.zero_stage == 3 else "zero_stage 3 or more GPUs"
+    remedy = f"a smaller {SUB_GROUP_KEY}" if config.zero_stage == 3 else "zero_stage 3 or more GPUs"
     return (
         f"optimizer adamw_8bit updates at most {MOST_VALUES:,} values at a time, and zero_stage {config.zero_stage}"
         f" gives it {values:,.0f}; use {remedy}"

@@ -55,6 +55,12 @@ GATHERED_LIMITS = ("zero_optimization.stage3_max_live_parameters", "zero_optimiz
 MOST_GATHERED = 10**9
 """Elements; DeepSpeed 0.19's own for both of `GATHERED_LIMITS`, runtime/zero/config.py."""
 
+SUB_GROUP_KEY = "zero_optimization.sub_group_size"
+"""DeepSpeed's key of how many elements of a rank's partition ZeRO-3 updates at a time."""
+
+SUB_GROUP_SIZE = 10**9
+"""Elements; DeepSpeed 0.19's own, runtime/zero/config.py."""
+
 REDUCE_SCATTER = "zero_optimization.reduce_scatter"
 """DeepSpeed's key of how ZeRO-3 divides gradients: by a reduce-scatter, which is its default, or an all-reduce."""
 
@@ -255,8 +261,13 @@ class TrialConfig:
         return self.offload.startswith("optimizer_nvme")
 
     @property
+    def offloads_parameters(self) -> bool:
+        """Whether parameters are offloaded besides optimizer states, to main memory or to a disk."""
+        return "+parameters" in self.offload
+
+    @property
     def swaps_parameters(self) -> bool:
-        """Whether parameters are, too."""
+        """Whether they are offloaded to a disk, as the states are."""
         return self.offload == "optimizer_nvme+parameters_nvme"
 
     @property

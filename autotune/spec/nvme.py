@@ -13,16 +13,13 @@ through a buffer for which DeepSpeed counts all ranks' elements (`stage3.py`,
 """
 
 from autotune.spec.adapters import trainable_parameters
-from autotune.spec.config import TrialConfig
+from autotune.spec.config import SUB_GROUP_KEY, SUB_GROUP_SIZE, TrialConfig
 from autotune.spec.model import ModelSpec
 
 STORED_BYTES = 16
 """A parameter, at most: master weight, both states, gradient."""
 MOVED_BYTES = 32
 """A parameter and step, at most: the gradient is written; all four are read; the three others are written."""
-SUB_GROUP_SIZE = 10**9
-"""Elements; DeepSpeed's own, runtime/zero/config.py."""
-SUB_GROUP_KEY = "zero_optimization.sub_group_size"
 BUFFERS = 4
 """DeepSpeed's own, runtime/zero/offload_config.py: one for each of the four."""
 BUFFERS_KEY = "zero_optimization.offload_optimizer.buffer_count"
@@ -56,7 +53,7 @@ def stored_bytes(config: TrialConfig, model: ModelSpec, gpus_per_node: int) -> i
 def swapping_bytes(config: TrialConfig, model: ModelSpec) -> int:
     """What one rank keeps in main memory: pinned buffers, the gradients that it adds up, parameters that are there."""
     gathered = trainable_parameters(model, config)
-    if config.offload == "optimizer_nvme+parameters":
+    if config.offloads_parameters and not config.swaps_parameters:
         gathered += model.num_parameters
     return pinned_bytes(config, model) + parameter_bytes(config) * gathered // config.gpus
 
